@@ -47,7 +47,8 @@ def message_id(messages: Iterable[Message]) -> str:
 class Failure(NamedTuple):
     """Why a sample or a record did not get through; a line of `failed/` or `filtered/`.
 
-    sample, turn: which completion and which round, -1 if the whole record is meant. kind: the request's kind, or the filter.
+    sample, turn: which completion and which round, -1 if the whole record is meant. kind: the request's kind, or the
+    filter's name.
     """
 
     sample: int

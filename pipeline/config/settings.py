@@ -1,0 +1,146 @@
+"""Every setting of a run, with its default. Sections are named like the commands; unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineSettings(Section):
+    """Which model answers, and how it is reached."""
+
+    backend: Literal["auto", "transformers", "vllm", "server", "scripted"] = "auto"
+    model: str | None = None
+    revision: str | None = None
+    base_urls: tuple[str, ...] = ()
+    api_key_env: str = "OPENAI_API_KEY"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    context: Count | None = None
+    concurrency: Count = 64
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    deterministic: bool = False
+    style: Literal["chat", "few-shot"] = "chat"
+    script: str | None = None
+
+    @model_validator(mode="after")
+    def _one_endpoint(self) -> EngineSettings:
+        if len(self.base_urls) > 1:
+            raise ValueError("one endpoint is supported; name one URL in base_urls")
+        return self
+
+
+class Source(Section):
+    path: str
+    tags: tuple[str, ...] = ()
+    limit: Count | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class PromptsSettings(Section):
+    """shard_size: prompts in one part; a part is the unit that is published, and held in memory while in flight."""
+
+    sources: tuple[Source, ...] = ()
+    shard_size: Count = 1000
+
+
+class GenerateSettings(Section):
+    """models: several generators, each a section that says what differs from `engine` and makes `samples` completions."""
+
+    samples: Count = 2
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    models: tuple[dict[str, Any], ...] = ()
+
+
+class CritiqueReviseSettings(Section):
+    rounds: Count = 2
+    draw: Literal["uniform", "weighted", "cover"] = "weighted"
+    direct: bool = False
+    early_stop: bool = False
+    verify: bool = True
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class RankSettings(Section):
+    """tie_band: how far from 0.5 a probability must be to prefer one candidate. max_tokens: of a chain of thought."""
+
+    mode: Literal["pairwise", "graded"] = "pairwise"
+    order: Literal["average", "agree-or-tie", "single"] = "average"
+    principles: Count | Literal["all"] = 1
+    candidates: Literal["ends", "all"] = "ends"
+    chain_of_thought: bool = False
+    clamp: tuple[Share, Share] | None = None
+    tie_band: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.05
+    max_tokens: Count | None = None
+
+
+class HelpfulSettings(Section):
+    """Helpful data mixed into `sft`. share: of all rows of the mix."""
+
+    path: str
+    share: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class SplitSettings(Section):
+    sft: Share = 0.45
+    preference: Share = 0.45
+    test: Share = 0.10
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> SplitSettings:
+        total = self.sft + self.preference + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise ValueError(f"the shares add up to {total:g}; make them add up to 1")
+        return self
+
+
+FILTERS = ("role_confusion", "meta_prefix", "repeated_ngrams", "unchanged", "empty", "cut", "same_text")
+
+
+class ExportSettings(Section):
+    sft: Literal["best", "last", "all", "improved"] = "best"
+    pairs: Literal["best-worst", "all", "revision-draft"] = "best-worst"
+    margin: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    helpful: HelpfulSettings | None = None
+    split: SplitSettings = SplitSettings()
+    filters: tuple[Literal[FILTERS], ...] = FILTERS  # type: ignore[valid-type]
+    format: Literal["messages", "text"] = "messages"
+
+
+class RunSettings(Section):
+    """max_time: seconds after which the run stops, resumable. budget_tokens: likewise, of newly made replies."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    max_failed_share: Share = 0.01
+    budget_tokens: Count | None = None
+    max_time: Annotated[float, Field(gt=0)] | None = None
+
+
+class Settings(Section):
+    """All sections. `judge` and `critic` say only what differs from `engine`."""
+
+    constitution: str | None = None
+    engine: EngineSettings = EngineSettings()
+    judge: dict[str, Any] = {}
+    critic: dict[str, Any] = {}
+    prompts: PromptsSettings = PromptsSettings()
+    generate: GenerateSettings = GenerateSettings()
+    critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
+    rank: RankSettings = RankSettings()
+    export: ExportSettings = ExportSettings()
+    run: RunSettings = RunSettings()
+
+    def engine_for(self, section: dict[str, Any]) -> EngineSettings:
+        """The engine section with what another one says differently."""
+        return EngineSettings.model_validate({**self.engine.model_dump(), **section})

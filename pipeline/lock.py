@@ -1,0 +1,115 @@
+"""One writer per run folder.
+
+`flock` holds the file while the process lives, so that a killed run leaves nothing to clean up on this host. On a shared
+file system where another host's flock is not seen, the holder's heartbeat (the file's modification time, every 10 s)
+speaks for it, and 60 s of silence make the lock stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import LockedError
+from pipeline.store import io_errors, make_folder
+
+HEARTBEAT_S = 10.0
+STALE_S = 60.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder/lock`; LockedError (6) names the holder if another process does."""
+    path = folder / "lock"
+    make_folder(folder)
+    with io_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(fd, path)
+        done = threading.Event()
+        beat = threading.Thread(target=_heartbeat, args=(fd, done), name="lock-heartbeat", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beat.join()
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _take(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_flock = True
+    except BlockingIOError:
+        raise LockedError(_held(path, _read_holder(fd))) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        has_flock = False
+    holder = _read_holder(fd)
+    if _is_alive(holder, time.time() - os.fstat(fd).st_mtime, has_flock=has_flock):
+        raise LockedError(_held(path, holder))
+    with io_errors(path):
+        os.ftruncate(fd, 0)
+        os.pwrite(
+            fd,
+            json.dumps({"host": socket.gethostname(), "boot_id": boot_id(), "pid": os.getpid()}).encode(),
+            0,
+        )
+        os.fsync(fd)
+
+
+def _is_alive(holder: dict[str, object], silence_s: float, *, has_flock: bool) -> bool:
+    """Whether the process that last wrote the lock still holds it, now that this one got the flock or there is none."""
+    if not holder:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return silence_s < STALE_S
+    if has_flock or holder.get("boot_id") != boot_id():
+        return False
+    try:
+        os.kill(int(str(holder.get("pid"))), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _held(path: Path, holder: dict[str, object]) -> str:
+    who = f"process {holder.get('pid')} on host {holder.get('host')}" if holder else "another process"
+    return f"{path}: {who} works on this run; wait for it, stop it, or choose another --run"
+
+
+def _read_holder(fd: int) -> dict[str, object]:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _heartbeat(fd: int, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(fd)
+
+
+def boot_id() -> str:
+    """Identity of this start of the machine; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
