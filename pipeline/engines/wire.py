@@ -1,0 +1,59 @@
+"""A `Request` as the body of an OpenAI-protocol call; the same body is what the scripted engine answers by.
+
+Left out on purpose: fields that are not in the protocol (`top_k`, `min_p`, `repetition_penalty`). A server whose model
+brings defaults for them (vLLM: `--generation-config vllm` turns them off) samples with its own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pipeline.engines.base import Request
+
+TOP_LOGPROBS = 20
+Body = dict[str, Any]
+
+_CONTROL = re.compile(
+    r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|start_of_turn|end_of_turn)>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS)\])"
+)
+
+
+def escape(text: str) -> tuple[str, int]:
+    """Text in which no usual special token is left, and how many there were.
+
+    A zero-width space goes behind the bracket that begins the token: a remote tokenizer, which we cannot tell to read
+    content as plain text, then sees ordinary characters.
+    """
+    return _CONTROL.subn(lambda match: match[0] + "\u200b", text)
+
+
+def label_tokens(labels: tuple[str, ...]) -> int:
+    """How many tokens must be sampled to tell the labels apart: more than 1 only where one begins with another."""
+    longer = [len(b) - len(a) for a in labels for b in labels if a != b and b.startswith(a)]
+    return 1 + max(longer, default=0)
+
+
+def request_body(request: Request, model: str) -> tuple[Body, int]:
+    """The body of `/chat/completions`, or of `/completions` for raw text; and how many special tokens were escaped."""
+    body: Body = {"model": model}
+    if isinstance(request.prompt, str):
+        body["prompt"], escaped = escape(request.prompt)
+    else:
+        contents = [escape(message["content"]) for message in request.prompt]
+        body["messages"] = [
+            {"role": message["role"], "content": content}
+            for message, (content, _) in zip(request.prompt, contents, strict=True)
+        ]
+        escaped = sum(count for _, count in contents)
+    if request.labels:
+        body |= {"max_tokens": label_tokens(request.labels), "temperature": 0.0, "top_p": 1.0, "n": 1}
+        chat = "messages" in body
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if chat else {"logprobs": TOP_LOGPROBS}
+        return body, escaped
+    body |= {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p, "n": 1}
+    if request.seed is not None:
+        body["seed"] = request.seed
+    if request.stop:
+        body["stop"] = list(request.stop)
+    return body, escaped
