@@ -80,7 +80,9 @@ async def _suffer(said: Answer, fault: Fault) -> Answer:
     if fault.kind == "status":
         too_long = fault.code == "context_length_exceeded"
         raise RequestFailed("too_long" if too_long else "refused_by_server", fault.message)
-    if fault.kind in ("html", "cut_json", "cut_body", "choices", "no_logprobs"):
+    if fault.kind in ("html", "cut_json", "cut_body", "choices") or (
+        fault.kind == "no_logprobs" and said.logprobs is not None
+    ):
         raise RequestFailed("bad_reply", f"scripted fault: {fault.kind}")
     said = alter(said, fault)
     if "\ud800" in said.text:

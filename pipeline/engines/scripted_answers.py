@@ -21,10 +21,16 @@ _WORD = re.compile(r"\w+")
 _VOCABULARY = _WORD.findall(
     "careful plain honest steady small early open quiet useful gentle clear warm short simple patient direct river "
     "garden window kettle letter bridge lantern market harbour orchard ladder teacher neighbour doctor library "
-    "notebook asks keeps shows brings finds names lifts turns carries opens explains answers begins checks near under after "
-    "before beside without again together often slowly first today because while"
+    "notebook asks keeps shows brings finds names lifts turns carries opens explains answers begins checks near under "
+    "after before beside without again together often slowly first today because while"
 )
-_PAIR = re.compile(r"(?s).*^\W{0,4}A\)(?P<a>.+?)^\W{0,4}B\)(?P<b>.+)", re.MULTILINE)
+# Two texts to compare: each begins at a line "(A) ..." or after a line that ends in "answer A"; the second ends before
+# a section mark or with the prompt.
+_PAIR = re.compile(
+    r"(?ms)^(?:\W{0,4}A\)|[^\n]{0,40}\banswer A:?$)(?P<a>.*?)"
+    r"^(?:\W{0,4}B\)|[^\n]{0,40}\banswer B:?$)(?P<b>.*?)(?=^~:~|\Z)"
+)
+_OFFERED = re.compile(r"\b1\b[^\n]{1,20}\b10\b|\bA or B\b|\bYes or No\b|\byes or no\b")
 
 
 class _Strict(BaseModel):
@@ -138,7 +144,7 @@ def answer(script: Script, body: Body, key: str, asked_before: int, labels: tupl
     if asks_labels:
         probabilities = rule.labels
         if probabilities is None:
-            probabilities = _judge(salted, last, labels or labels_in(last))
+            probabilities = _judge(salted, prompt, labels or labels_in(last))
         wanted = labels or tuple(probabilities)
         logprobs = {x: math.log(probabilities[x]) for x in wanted if probabilities.get(x, 0) > 0}
         return Answer(key, "", "stop", logprobs, "", latency_s, fault, Usage(num_prompt, 1))
@@ -149,14 +155,15 @@ def answer(script: Script, body: Body, key: str, asked_before: int, labels: tupl
 
 
 def labels_in(last: str) -> tuple[str, ...]:
-    """The labels that a question offers: (A) (B) …, else 1 to 10, else yes and no in the question's own spelling."""
-    letters = tuple(dict.fromkeys(re.findall(r"\(([A-H])\)", last)))
-    if len(letters) >= 2:
-        return tuple(sorted(letters))
-    if re.search(r"\b1\b.{1,12}\b10\b", last):
+    """The labels that a question offers: A or B, Yes or No, 1 to 10; else the letters in (A), (B); else Yes, No."""
+    offers = _OFFERED.findall(last)
+    if not offers:
+        letters = sorted(set(re.findall(r"\(([A-H])\)", last)))
+        return tuple(letters) if len(letters) >= 2 else ("Yes", "No")
+    if offers[-1].startswith("1"):
         return tuple(map(str, range(1, 11)))
-    found = dict(re.findall(r"\b((?i:yes|no))\b()", last))
-    return tuple(word for word in found if word.islower() or word.istitle()) or ("yes", "no")
+    first, _, second = offers[-1].split()
+    return (first, second)
 
 
 def _texts(body: Body) -> tuple[str, str]:
@@ -238,17 +245,18 @@ def _cut(text: str, max_tokens: int, finish_reason: str) -> tuple[str, str]:
     return text[:end], "length"
 
 
-def _judge(salted: str, last: str, labels: tuple[str, ...]) -> dict[str, float]:
+def _judge(salted: str, prompt: str, labels: tuple[str, ...]) -> dict[str, float]:
     """Probabilities of the labels, 0.98 together.
 
     For A against B: logistic of the difference of the two texts' qualities plus a little noise that the order changes,
     so that both orders mostly agree and some do not. For other labels: from a hash of the whole request.
     """
-    pair = _PAIR.match(last) if labels == ("A", "B") else None
-    if pair:
+    pairs = list(_PAIR.finditer(prompt)) if sorted(labels) == ["A", "B"] else []
+    if pairs:
+        pair = pairs[-1]
         noise = _uniform(salted, "noise") - 0.5
         logit = _quality(pair["a"]) - _quality(pair["b"]) + noise
-        weights = [math.exp(logit / 2), math.exp(-logit / 2)]
+        weights = [math.exp(logit / 2 if label == "A" else -logit / 2) for label in labels]
     else:
         weights = [math.exp(4 * _uniform(salted, "label", label)) for label in labels]
     return {label: 0.98 * weight / sum(weights) for label, weight in zip(labels, weights, strict=True)}
