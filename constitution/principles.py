@@ -65,7 +65,7 @@ class Constitution:
     @staticmethod
     def parse(text: str, name: str = "constitution.yaml") -> Constitution:
         """`load` on a file's text; `name` is the file's name in messages."""
-        return _constitution(yamlfile.parse(text.encode("utf-8", "surrogatepass"), name))
+        return _constitution(yamlfile.parse(text, name))
 
     @staticmethod
     def default() -> Constitution:

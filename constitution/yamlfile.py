@@ -89,24 +89,27 @@ class Node:
 
 def read(path: str | Path) -> Node:
     """The file's one document. Raises ConstitutionError."""
-    file = str(path)
+    return parse(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text. Refuses what cannot be read, more than MAX_BYTES, and bytes that are not UTF-8."""
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConstitutionError(f"{file}:1: cannot be read ({error.strerror}); check the path") from error
-    return parse(data, file)
-
-
-def parse(data: bytes, file: str) -> Node:
-    """`read` on the bytes of a file; `file` is its name in messages."""
+        raise ConstitutionError(f"{path}:1: cannot be read ({error.strerror}); check the path") from error
     if len(data) > MAX_BYTES:
-        raise ConstitutionError(f"{file}:1: longer than {MAX_BYTES:,} bytes; shorten it")
+        raise ConstitutionError(f"{path}:1: longer than {MAX_BYTES:,} bytes; shorten it")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConstitutionError(f"{file}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+        raise ConstitutionError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
+
+
+def parse(text: str, file: str) -> Node:
+    """`read` on the text of a file; `file` is its name in messages."""
     try:
         _refuse_surprises(text, file)
         root = yaml.compose(text, Loader=_Loader)
@@ -116,9 +119,10 @@ def parse(data: bytes, file: str) -> Node:
         raise ConstitutionError(
             f"{file}:{line}: not YAML ({error.problem or error.context}); check indentation and quotes"
         ) from error
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise ConstitutionError(f"{file}:1: not YAML ({what}); delete control characters") from error
+    except (yaml.YAMLError, UnicodeEncodeError) as error:
+        position = getattr(error, "position", getattr(error, "start", 0))
+        line = text.count("\n", 0, position) + 1
+        raise ConstitutionError(f"{file}:{line}: a character that YAML does not allow; delete it") from error
     if root is None:
         raise ConstitutionError(f"{file}:1: empty; write principles, or start from `cai init`")
     return _node(root, file)
