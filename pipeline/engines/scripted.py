@@ -45,11 +45,8 @@ class ScriptedEngine:
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers at once or after the script's latency; faults of the transport become the errors they end in."""
-        try:
-            body, _ = request_body(request, self.name)
-            key = content_key(body)
-        except ValueError as error:
-            raise RequestFailed("refused_by_server", "the prompt holds a lone surrogate; clean it") from error
+        body, _ = request_body(request, self.name)
+        key = content_key(body)
         said = answer(self.script, body, key, self._asked[key], request.labels)
         if self._has_faults:
             self._asked[key] += 1
@@ -60,7 +57,7 @@ class ScriptedEngine:
         if said.fault:
             said = await _suffer(said, said.fault)
         if said.logprobs is not None:
-            return Reply("", "stop", (), said.logprobs, "topk", usage=said.usage)
+            return Reply("", "labels", (), said.logprobs, "topk", usage=said.usage)
         return Reply(said.text, said.finish_reason, reasoning=said.reasoning, usage=said.usage)
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from pipeline.engines.base import Request
+from pipeline.errors import RequestFailed
 
 TOP_LOGPROBS = 20
 Body = dict[str, Any]
@@ -35,7 +36,10 @@ def label_tokens(labels: tuple[str, ...]) -> int:
 
 
 def request_body(request: Request, model: str) -> tuple[Body, int]:
-    """The body of `/chat/completions`, or of `/completions` for raw text; and how many special tokens were escaped."""
+    """The body of `/chat/completions`, or of `/completions` for raw text; and how many special tokens were escaped.
+
+    Raises RequestFailed for text that no server can be sent.
+    """
     body: Body = {"model": model}
     if isinstance(request.prompt, str):
         body["prompt"], escaped = escape(request.prompt)
@@ -46,6 +50,7 @@ def request_body(request: Request, model: str) -> tuple[Body, int]:
             for message, (content, _) in zip(request.prompt, contents, strict=True)
         ]
         escaped = sum(count for _, count in contents)
+    _check_unicode(body)
     if request.labels:
         body |= {"max_tokens": label_tokens(request.labels), "temperature": 0.0, "top_p": 1.0, "n": 1}
         chat = "messages" in body
@@ -57,3 +62,13 @@ def request_body(request: Request, model: str) -> tuple[Body, int]:
     if request.stop:
         body["stop"] = list(request.stop)
     return body, escaped
+
+
+def _check_unicode(body: Body) -> None:
+    texts = [message["content"] for message in body.get("messages", ())] or [body["prompt"]]
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        detail = f"the prompt holds a lone surrogate at character {error.start}; clean the input"
+        raise RequestFailed("lone_surrogate", detail, attempts=0) from error
