@@ -65,8 +65,10 @@ class RequestFailed(CaiError):
 
     reason: one word for counting, such as `too_long`, `empty`, `content_filter`, `unparsed`, `timeout`, `bad_reply`.
     detail: what the user needs to see, with a raw excerpt where there is one.
-    attempts: how often it was tried.
+    attempts: how often it was tried. kind: the request's kind, set by whoever asked.
     """
+
+    kind = ""
 
     def __init__(self, reason: str, detail: str, attempts: int = 1) -> None:
         super().__init__(f"{reason}: {detail}")

@@ -6,13 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
-
-class Message(TypedDict):
-    role: str  # system | user | assistant
-    content: str
-
+Message = dict[str, str]
+"""`role` (system, user or assistant) and `content`."""
 
 Prompt = list[Message] | str
 """A conversation for a chat template, or raw text for a base model."""

@@ -84,9 +84,12 @@ class Layers:
         section: tuple[str, ...] = ()
         try:
             settings = Settings.model_validate(self.tree)
-            overrides = {("judge",): settings.judge, ("critic",): settings.critic}
+            overrides: dict[tuple[str, ...], dict[str, Any]] = {
+                ("judge",): settings.judge,
+                ("critic",): settings.critic,
+            }
             overrides |= {("generate", "models", str(i)): model for i, model in enumerate(settings.generate.models)}
-            for section, override in overrides.items():
+            for section, override in overrides.items():  # noqa: B007 - `section` names the place of the error
                 settings.engine_for(override)
         except ValidationError as error:
             first = error.errors()[0]

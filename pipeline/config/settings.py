@@ -53,7 +53,7 @@ class PromptsSettings(Section):
 
 
 class GenerateSettings(Section):
-    """models: several generators, each a section that says what differs from `engine` and makes `samples` completions."""
+    """models: several generators; each section says what differs from `engine` and makes `samples` completions."""
 
     samples: Count = 2
     max_tokens: Count | None = None

@@ -1,0 +1,155 @@
+"""Critique and revision (CAI, Bai et al. 2022, section 3.1): n rounds over every draft, each round judged.
+
+A round draws a principle, asks the model to criticise its answer under it and to rewrite the answer after the critique.
+The paper takes every revision as better. Here the judge compares it with what it revised, under the same principle, in
+both orders; the next round starts from the last revision that was not judged worse.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from constitution.principles import Constitution, Principle
+from constitution.prompts import CHECK_LABELS, NO_FAULT, check_prompt, critique_prompt, revision_prompt
+from constitution.verdicts import judge_revision
+from pipeline.config.settings import CritiqueReviseSettings, RankSettings
+from pipeline.driver import Ask
+from pipeline.errors import RequestFailed
+from pipeline.records import Failure, Line, Outcome, Record
+from pipeline.stages.asking import Sampling, Voice, ask_labels, ask_text, compare, lost, together
+
+NO_FAULT_P = 0.5
+"""A draft has no fault under a group of principles if the judge finds that more probable than a fault."""
+
+
+@dataclass(frozen=True)
+class CritiqueRevise:
+    """What a chain needs. critic: criticises and revises; judge: verifies and stops early."""
+
+    constitution: Constitution
+    critic: Voice
+    judge: Voice
+    settings: CritiqueReviseSettings
+    seed: int
+
+
+async def critique_revise(record: Record, ask: Ask, *, using: CritiqueRevise) -> Outcome:
+    """Every draft through its rounds, all drafts at once. A chain that fails keeps the rounds it has."""
+    completions = record.lines["generate"]["completions"]
+    ends = await together(_chain(record, ask, c["sample"], c["text"], using) for c in completions)
+    chains = [{"sample": c["sample"], "rounds": rounds} for c, (rounds, _) in zip(completions, ends, strict=True)]
+    failures = tuple(failure for _, failures in ends for failure in failures)
+    return Outcome({"id": record.id, "chains": chains}, failures)
+
+
+async def _chain(
+    record: Record, ask: Ask, sample: int, text: str, using: CritiqueRevise
+) -> tuple[list[Line], list[Failure]]:
+    rounds: list[Line] = []
+    failures: list[Failure] = []
+    for n in range(using.settings.rounds):
+        try:
+            if using.settings.early_stop and await _is_fine(record, ask, text, using):
+                rounds.append(_stopped(text))
+                break
+            line = await _round(record, ask, sample, n, text, using)
+            if using.settings.verify:
+                line |= await _verify(record, ask, sample, n, text, line, using, failures)
+        except RequestFailed as error:
+            failures.append(lost(error, sample, n))
+            break
+        rounds.append(line)
+        if line["verdict"] != "worse":
+            text = line["revision"]
+    return rounds, failures
+
+
+def _stopped(text: str) -> Line:
+    """The round that did not take place, since the judge found nothing to point out."""
+    return {
+        "principle": "",
+        "critique": "",
+        "revision": text,
+        "finish_reason": "stop",
+        "verdict": "same",
+        "p": 0.5,
+        "stopped": True,
+    }
+
+
+async def _round(record: Record, ask: Ask, sample: int, n: int, text: str, using: CritiqueRevise) -> Line:
+    principle = using.constitution.draw(using.seed, record.id, sample, n, using.settings.draw)
+    how: dict[str, Any] = {"wording": using.critic.wording, "style": using.critic.style}
+    critique = ""
+    if not using.settings.direct:
+        prompt = critique_prompt(record.messages, text, principle, **how)
+        critique = (
+            await ask_text(ask, using.critic, prompt, "critique", _sampling(record, sample, n, "critique", using))
+        ).text
+    prompt = revision_prompt(record.messages, text, critique or None, principle, **how)
+    revision = await ask_text(ask, using.critic, prompt, "revision", _sampling(record, sample, n, "revision", using))
+    return {
+        "principle": principle.id,
+        "critique": critique,
+        "revision": revision.text,
+        "finish_reason": revision.finish_reason,
+        "verdict": "unverified",
+        "stopped": False,
+    }
+
+
+def _sampling(record: Record, sample: int, n: int, kind: str, using: CritiqueRevise) -> Sampling:
+    return Sampling(using.settings.temperature, 1.0, (using.seed, record.id, kind, n), sample)
+
+
+async def _verify(
+    record: Record,
+    ask: Ask,
+    sample: int,
+    n: int,
+    before: str,
+    line: Line,
+    using: CritiqueRevise,
+    failures: list[Failure],
+) -> Line:
+    """The judge's `verdict` on a revision and, unless it abstains, `p`: how probably it is better than `before`."""
+    if line["revision"] == before:
+        return {"verdict": "same", "p": 0.5}
+    principle: Principle = using.constitution[line["principle"]]
+    texts = (line["revision"], before)
+    try:
+        judgement = await compare(ask, using.judge, record.messages, texts, principle, RankSettings())
+    except RequestFailed as error:
+        failures.append(lost(error, sample, n))
+        return {"verdict": "abstain"}
+    p_ab, p_ba = judgement.comparison.p_ab, judgement.comparison.p_ba
+    verdict = judge_revision(p_ab, p_ba)
+    return {"verdict": verdict, "p": judgement.comparison.p} if verdict != "abstain" else {"verdict": verdict}
+
+
+async def _is_fine(record: Record, ask: Ask, text: str, using: CritiqueRevise) -> bool:
+    """Whether the judge finds no fault under any `about` group; the groups are asked in turn, up to the first fault."""
+    judge, constitution = using.judge, using.constitution
+    for about in constitution.abouts:
+        prompt = check_prompt(
+            record.messages, text, constitution.in_group(about), wording=judge.wording, style=judge.style
+        )
+        reading, _ = await ask_labels(ask, judge, prompt, "check", CHECK_LABELS)
+        if reading.probabilities.get(NO_FAULT, 0.0) <= NO_FAULT_P:
+            return False
+    return True
+
+
+def tally(line: Line) -> Mapping[str, int]:
+    """Verdicts over all rounds, and how many drafts their first round found nothing to improve in."""
+    counts: Counter[str] = Counter()
+    for chain in line["chains"]:
+        counts.update(f"verdict_{entry['verdict']}" for entry in chain["rounds"])
+        counts["stopped"] += sum(entry["stopped"] for entry in chain["rounds"])
+        if chain["rounds"]:
+            counts["first_rounds"] += 1
+            counts["drafts_satisfied"] += chain["rounds"][0]["verdict"] in ("same", "worse")
+    return counts

@@ -1,0 +1,108 @@
+"""Prompts into the run folder: unique ids, in parts, counted.
+
+Prompts that the run already has keep their place; new ones go into new parts behind them. The same id with the same
+content is a duplicate and is counted; the same id with other content is refused. The ids seen so far are kept in a
+temporary database on disk, so that memory stays flat.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from pipeline.errors import CorruptError, UsageError
+from pipeline.records import Line, digest
+from pipeline.sources import Counts, Row, Spec, mix, source_digest
+from pipeline.store import RunFolder, StageWriter
+
+
+class Ingested(NamedTuple):
+    """One reading of the sources: lines = known + new + duplicates. known: ids that the run had before."""
+
+    lines: int
+    known: int
+    new: int
+    duplicates: int
+    merged_turns: int
+
+
+def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int | None = None) -> Ingested:
+    """Adds the prompts of the sources to the run, at most up to `limit` prompts in this reading. Returns its counts.
+
+    Sources that were read to the same end before are not read again.
+    """
+    specs = list(specs)
+    writer = StageWriter(run, "prompts", "prompts")
+    reading = f"{source_digest(specs)}:{limit}"
+    for earlier in writer.extra.get("readings", []):
+        if earlier["sources"] == reading:
+            return Ingested(**{name: earlier[name] for name in Ingested._fields})
+    counts = Counts()
+    with _Ids() as ids:
+        for line in run.read("prompts"):
+            ids.add(line["id"], digest([line["messages"], line.get("completions", [])]), "known")
+        rows = itertools.islice(ids.new_rows(mix(specs, counts)), limit)
+        _publish(writer, (_line(row) for row in rows), shard_size)
+        result = Ingested(ids.lines, ids.known, ids.new, ids.duplicates, counts.merged_turns)
+    if result.lines != result.known + result.new + result.duplicates:
+        raise CorruptError(f"{writer.folder}: prompts do not balance: {result}; please report it")
+    writer.extra.setdefault("readings", []).append({"sources": reading, **result._asdict()})
+    writer.write_manifest()
+    return result
+
+
+def _line(row: Row) -> Line:
+    line: Line = {"id": row.id, "messages": row.messages, "tags": row.tags, "source": row.source}
+    return {**line, "completions": row.given} if row.given else line
+
+
+def _publish(writer: StageWriter, lines: Iterator[Line], shard_size: int) -> None:
+    while batch := list(itertools.islice(lines, shard_size)):
+        writer.publish(len(writer.parts), batch, prompts=len(batch), num_in=len(batch))
+
+
+class _Ids:
+    """Ids seen, with a digest of their content, in a database of its own that nobody else sees."""
+
+    def __init__(self) -> None:
+        self.lines = self.known = self.new = self.duplicates = 0
+        self._database = sqlite3.connect("", isolation_level=None)
+        self._database.execute("PRAGMA journal_mode=OFF")
+        self._database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY, content TEXT, state TEXT) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def __enter__(self) -> _Ids:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def add(self, id: str, content: str, state: str) -> tuple[str, str] | None:
+        """Notes the id; returns the content and state it had before, if any."""
+        done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (id, content, state))
+        if done.rowcount:
+            return None
+        before: tuple[str, str] = self._database.execute(
+            "SELECT content, state FROM seen WHERE id = ?", (id,)
+        ).fetchone()
+        return before
+
+    def new_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.lines += 1
+            content = digest([row.messages, row.given])
+            before = self.add(row.id, content, "seen")
+            if before is None:
+                self.new += 1
+                yield row
+            elif before[0] != content:
+                raise UsageError(
+                    f"{row.source}: the id {row.id!r} stands for two different prompts; give each prompt its own id"
+                )
+            elif before[1] == "known":
+                self.known += 1
+                self._database.execute("UPDATE seen SET state = 'seen' WHERE id = ?", (row.id,))
+            else:
+                self.duplicates += 1
