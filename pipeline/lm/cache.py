@@ -1,7 +1,7 @@
 """Where keys and values live while rows are decoded, and where those of shared beginnings wait to be used again.
 
-A slab row is one sequence; a column is a position, so a row's keys never move while it grows and nothing is concatenated.
-Columns that are not filled yet hold finite leftovers and are masked.
+A slab row is one sequence; a column is a position, so a row's keys never move while it grows and nothing is
+concatenated. Columns that are not filled yet hold finite leftovers and are masked.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class PrefixStore:
 
     def _pool(self, like: Tensor) -> Tensor:
         shape = (self.num_blocks, like.shape[1], BLOCK, like.shape[3])
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)  # memory is taken as blocks are written
 
     def _copy(self, slab: Slab, places: Sequence[Place], slots: Sequence[int], *, save: bool) -> None:
         device = self._pools[0][0].device

@@ -1,8 +1,8 @@
 """Decoding with a key-value cache: rows come and go while the batch keeps running.
 
-`prefill` computes the prompts of new rows and of label queries, `step` adds a token to every active row, `retire` hands out
-the finished ones. A beginning shared by several jobs is computed once: a job that needs blocks which another job of the
-same call computes waits for it, then copies them. Beam search and speculative decoding are left out.
+`prefill` computes the prompts of new rows and of label queries, `step` adds a token to every active row, `retire`
+hands out the finished ones. A beginning shared by several jobs is computed once: a job that needs blocks which another
+job of the same call computes waits for it, then copies them. Beam search and speculative decoding are left out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _MASK_CELLS = 1 << 24  # queries x columns of one pass; bounds the mask of a lon
 class Row:
     """A prompt that is being continued.
 
-    prompt: its tokens, at least one. max_tokens: ≥ 1. temperature 0 is greedy. eos: tokens that end it (kept in the completion).
-    stopped: called with the completion after every token; True ends the row.
-    completion, logps: what was drawn, with its log-probability after the temperature. finish_reason: stop | length, else "".
+    prompt: its tokens, at least one. max_tokens: at least 1. temperature 0 is greedy.
+    eos: tokens that end it; they stay in the completion. stopped: called with the completion after every token; True
+    ends the row. completion, logps: what was drawn, with its log-probability after the temperature.
+    finish_reason: stop | length, "" while it runs. cached_tokens: of the prompt, not computed again.
     """
 
     prompt: list[int]
@@ -178,7 +179,7 @@ class Decoder:
         return len(wave)
 
     def _prefill(self, batch: list[Job]) -> None:
-        """One pass over the prompts of a batch, rows before label queries; they take the slab rows after the active ones."""
+        """One pass over the prompts of a batch, rows before label queries, in the slab rows after the active ones."""
         first = len(self.active)
         held = [self._held(job) for job in batch]
         self._reserve(first + len(batch), max(job.reach for job in (*batch, *self.active)) + 1)
@@ -211,7 +212,7 @@ class Decoder:
             job.logps = own_shares(job.labels, read_tree(job.tree, row[-keep:]))
 
     def _read(self, batch: list[Job], first: int) -> Tensor:
-        """Runs what is not cached, right-aligned. Returns logits (B, K, V) of the last K positions, K from the widest tree."""
+        """Runs what is not cached, right-aligned. Returns the logits (B, K, V) of the ends; K fits the widest tree."""
         fresh = [_to_run(job)[job.cached_tokens :] for job in batch]
         width = max(len(part) for part in fresh)
         reach = max(len(_to_run(job)) for job in batch)
@@ -234,7 +235,9 @@ class Decoder:
                 allowed[n, -size:, start : start + size] = job.tree.ancestors
         piece = max(256, min(self.prefill_tokens, _MASK_CELLS // reach)) if len(batch) == 1 else width
         while width > piece + keep:  # one long prompt: all but its end only fills the cache
-            self._forward(first, tokens[:, :piece], columns[:, :piece], positions[:, :piece], allowed[:, :piece], keep=1)
+            self._forward(
+                first, tokens[:, :piece], columns[:, :piece], positions[:, :piece], allowed[:, :piece], keep=1
+            )
             tokens, columns, positions, allowed = (part[:, piece:] for part in (tokens, columns, positions, allowed))
             width -= piece
         return self._forward(first, tokens, columns, positions, allowed, keep=min(keep, width))
@@ -303,7 +306,7 @@ class Decoder:
     def _forward(
         self, first: int, tokens: Tensor, columns: Tensor, positions: Tensor, allowed: Tensor, *, keep: int
     ) -> Tensor:
-        """tokens, columns, positions: (B, T). allowed: (B, T, L). Returns the logits (B, keep, V) of the last positions."""
+        """tokens, columns, positions: (B, T). allowed: (B, T, L). Returns the last logits (B, keep, V)."""
         tokens, columns, positions, allowed = (
             part.to(self.model.device) for part in (tokens, columns, positions, allowed)
         )

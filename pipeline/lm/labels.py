@@ -21,7 +21,7 @@ class Tree(NamedTuple):
 
     tokens, depths: (M,) a node's last token and its distance from the prompt (1 = right after it).
     ancestors: (M, M) boolean, [i, j] = node i sees node j, itself included.
-    reads: per label, (node, token) pairs; node -1 is the prompt's end. A label's log-probability is the sum over its pairs.
+    reads: per label, (node, token) pairs whose log-probabilities add up to the label's; node -1 is the prompt's end.
     """
 
     tokens: tuple[int, ...]

@@ -31,8 +31,10 @@ class Masks:
         self.window = window if self.per_layer or not layer_types else None
 
     def __call__(self, allowed: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """allowed: (B, T, L) boolean, each query sees at least one column. positions: (B, T) the queries' own; a key's is
-        its column."""
+        """Masks for queries at `positions` (B, T); a key's position is its column.
+
+        allowed: (B, T, L) boolean, each query sees at least one column.
+        """
         full = self._additive(allowed)
         if self.window is None:
             return full

@@ -1,0 +1,131 @@
+"""A model folder or hub name -> model, tokenizer and what identifies them, whatever machine they lie on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import EngineRefused, ResourceError
+from pipeline.records import digest
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_HASH_BYTES = 1 << 24
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+
+class Loaded(NamedTuple):
+    """model: a causal language model in evaluation mode. tokenizer: with the model's chat template, if it has one.
+
+    fingerprint: digests of config, tokenizer and weights (or the hub commit), and the dtype; never a path.
+    """
+
+    model: Any
+    tokenizer: Any
+    fingerprint: dict[str, str]
+
+
+def load(model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Loads a folder or a hub name; safetensors only, no code from the model's repository.
+
+    dtype: auto (float32 on a CPU, else what the weights are stored in), float32, bfloat16, float16.
+    device: auto (CUDA, then MPS, then CPU) or a torch device. Raises EngineRefused, one line, when it cannot be.
+    """
+    where = pick_device(device)
+    config, tokenizer = _open(AutoConfig, model, revision), load_tokenizer(model, revision=revision)
+    kind = pick_dtype(dtype, where, config)
+    # The fused attention kernels leave out the soft cap on attention scores (Gemma 2).
+    attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    options = {"dtype": kind, "use_safetensors": True, "attn_implementation": attention}
+    loaded = _open(AutoModelForCausalLM, model, revision, **options)
+    try:
+        loaded = loaded.to(where).eval()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"{model}: does not fit into the memory of {where}; use engine.device: cpu") from error
+    return Loaded(loaded, tokenizer, fingerprint(model, config=config, tokenizer=tokenizer, dtype=kind))
+
+
+def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
+    """The tokenizer alone. Raises EngineRefused."""
+    return _open(AutoTokenizer, model, revision)
+
+
+def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineRefused(_refusal(model, revision, error)) from error
+
+
+def _refusal(model: str, revision: str | None, error: Exception) -> str:
+    at = f" at revision {revision}" if revision else ""
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return f"model {model}: the folder holds no config.json; give a Hugging Face model folder"
+    if folder.is_dir():
+        return f"model {model}: cannot be loaded ({reason}); it needs config, tokenizer and safetensors weights"
+    return (
+        f"model {model}{at}: neither a folder here nor a model that can be had ({reason}); "
+        "check engine.model, or use nano, the embedded model"
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """auto -> CUDA, then MPS, then CPU. Raises EngineRefused for a device that is not here."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineRefused(f"engine.device: {device} is not available here; use auto, cuda, mps or cpu") from error
+
+
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype of the weights. Raises EngineRefused for an unknown name."""
+    if dtype == "auto":
+        stored = getattr(config, "dtype", None)
+        return stored if device.type == "cuda" and isinstance(stored, torch.dtype) else torch.float32
+    if dtype not in _DTYPES:
+        raise EngineRefused(f"engine.dtype: {dtype} is unknown; use auto, float32, bfloat16 or float16")
+    return _DTYPES[dtype]
+
+
+def fingerprint(model: str, *, config: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
+    """Identity by content: the same for two copies of a folder, another one if a weight or a token changes."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
+    settings = json.loads(json.dumps(settings, default=str))
+    commit = getattr(config, "_commit_hash", None)
+    folder = Path(model)
+    return {
+        "config": digest(settings),
+        "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or ""]),
+        "weights": hash_weights(folder) if folder.is_dir() else f"hub {commit}",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def hash_weights(folder: Path) -> str:
+    """sha256 over names and contents of a folder's safetensors files."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        part = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_HASH_BYTES):
+                part.update(block)
+        total.update(f"{path.name} {part.hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,72 @@
+"""Small random models and a byte-level tokenizer, made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog while five boxing wizards watch.",
+    "Please help me to write a letter to the bank about the old bicycle, said the user.",
+    "The answer is: (A) or (B)? Choose the response that is more helpful and harmless.",
+]
+
+
+def tiny_tokenizer(*, template: str | None = CHATML, vocab_size: int = 400) -> Any:
+    """Byte-level BPE with <|pad|>, <|im_start|>, <|im_end|> as special tokens 0, 1, 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = template
+    return fast
+
+
+def tiny_llama(
+    *, vocab_size: int = 400, hidden: int = 32, layers: int = 2, context: int = 512, seed: int = 0
+) -> LlamaForCausalLM:
+    """A random Llama whose next-token distribution is far from flat, so that greedy choices are not ties."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    return sharpen(LlamaForCausalLM(config))
+
+
+def sharpen(model: Any, *, std: float = 0.15) -> Any:
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def save_tiny(folder: Path, **options: Any) -> Path:
+    """A model folder as `save_pretrained` leaves it."""
+    tiny_llama(**options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
