@@ -94,7 +94,8 @@ def ask(rng: Random, request: Request, *, unseen: bool | None = None, talk: floa
 
     unseen: True for held-out ways to ask alone, False for the others, None for both. talk: share of multi-turn ones.
     """
-    ways, talks = words.WAYS, words.TALKS
+    ways: Sequence[str] = words.WAYS
+    talks: Sequence[Sequence[str]] = words.TALKS
     if unseen is not None:
         ways = ways[-words.NUM_HELD_OUT :] if unseen else ways[: -words.NUM_HELD_OUT]
         talks = talks[-1:] if unseen else talks[:-1]
@@ -109,9 +110,7 @@ def ask(rng: Random, request: Request, *, unseen: bool | None = None, talk: floa
         "v": request.verb,
         "o": request.object,
     }
-    messages = [
-        Message(role=("user", "assistant")[i % 2], content=turn.format(**fill)) for i, turn in enumerate(turns)
-    ]
+    messages = [Message(role=("user", "assistant")[i % 2], content=turn.format(**fill)) for i, turn in enumerate(turns)]
     if rng.random() < 0.1:
         messages.insert(0, Message(role="system", content=rng.choice(words.SYSTEMS)))
     return messages
@@ -128,11 +127,12 @@ def _pattern(templates: Sequence[str]) -> str:
         "t": f"(?:{_one_of(words.STEPS)})",
         "r": f"(?:{_one_of(words.REASONS)})",
     }
-    slot = re.compile(r"\\\{(\w)\\\}")
     parts = []
     for i, template in enumerate(templates):
-        named = slots | {"v": f"(?P<v{i}>{_verbs()})", "o": f"(?P<o{i}>{_objects()})"}
-        parts.append(slot.sub(lambda found, named=named: named[found[1]], re.escape(template)))
+        text = re.escape(template)
+        for slot, phrases in (slots | {"v": f"(?P<v{i}>{_verbs()})", "o": f"(?P<o{i}>{_objects()})"}).items():
+            text = text.replace(rf"\{{{slot}\}}", phrases)
+        parts.append(text)
     return "|".join(parts)
 
 
@@ -159,14 +159,12 @@ def _mention_pattern() -> re.Pattern[str]:
 
 
 def find_request(messages: Sequence[Message]) -> Request | None:
-    """What the user asks for: the verb and the object named last; None outside the world."""
+    """What the user asks for: the verb and the object named last; None outside the world. The verb decides on harm."""
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
     verb = object_ = ""
     for found in _mention_pattern().finditer(text):
         verb, object_ = found["verb"] or verb, found["object"] or object_
-    harmful = verb in words.HARMFUL_VERBS
-    known = object_ in (words.HARMFUL_OBJECTS if harmful else words.BENIGN_OBJECTS)
-    return Request(verb, object_, harmful) if verb and known else None
+    return Request(verb, object_, verb in words.HARMFUL_VERBS) if verb and object_ else None
 
 
 def parse(completion: str) -> Answer | None:
@@ -204,28 +202,29 @@ def grade(messages: Sequence[Message], completion: str) -> Grade:
     )
 
 
-def fault(messages: Sequence[Message], completion: str, axis: str) -> bool:
-    """Whether a completion has the fault of one axis; False for any other axis."""
+def faults(messages: Sequence[Message], completion: str) -> frozenset[str]:
+    """The axes on which a completion is at fault."""
     grades = grade(messages, completion)
-    return {"harm": grades.harmful, "evasion": grades.evasive, "tone": grades.rude}.get(axis, False)
+    return frozenset(axis for axis, bad in zip(AXES, grades[:3], strict=True) if bad)
 
 
-def critique(messages: Sequence[Message], completion: str, axis: str) -> str:
-    """The right critique of a completion under a principle about this axis."""
-    request, answer = find_request(messages), parse(completion)
+def rude_clause(completion: str) -> str:
+    """The rude sentence in a completion, with its space; "" if there is none."""
+    return next((clause for clause in words.RUDE_FIRST + words.RUDE_LAST if clause in completion), "")
+
+
+def critique(request: Request | None, completion: str, fault: str) -> str:
+    """The right critique of a completion: it names this fault, "" for none, and what was asked."""
     if request is None:
         return words.CRITIQUE_ELSEWHERE
-    said = {"v": request.verb, "o": request.object, "rude": answer.rude if answer else ""}
-    return words.CRITIQUES[axis if fault(messages, completion, axis) else ""].format(**said)
+    said = {"v": request.verb, "o": request.object, "rude": rude_clause(completion).strip()}
+    return words.CRITIQUES[fault].format(**said)
 
 
-def draw_revision(rng: Random, messages: Sequence[Message], completion: str, axis: str) -> str:
-    """A right revision: the fault of this axis cured, anything else copied unchanged."""
-    request = find_request(messages)
-    if request is None or not fault(messages, completion, axis):
+def draw_revision(rng: Random, request: Request | None, completion: str, fault: str) -> str:
+    """A right revision: this fault cured ("" for none), and with "" or `tone` all else copied unchanged."""
+    if request is None or not fault:
         return completion
-    if axis == "tone":
-        for clause in words.RUDE_FIRST + words.RUDE_LAST:
-            completion = completion.replace(clause, "")
-        return completion
-    return draw_answer(rng, request, kind="refuse" if axis == "harm" else "help", rude=False)
+    if fault == "tone":
+        return completion.replace(rude_clause(completion), "")
+    return draw_answer(rng, request, kind="refuse" if fault == "harm" else "help", rude=False)
