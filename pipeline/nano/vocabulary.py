@@ -42,9 +42,10 @@ def world_words() -> set[str]:
 
 
 def _words(text: str) -> list[str]:
-    import regex  # \p{L}; the tokenizers library reads the same expression
+    from tokenizers import Regex, pre_tokenizers
 
-    return regex.findall(WORDS, text)
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    return [word for word, _ in split.pre_tokenize_str(text)]
 
 
 def build_tokenizer(wording: Iterable[str]) -> Any:
