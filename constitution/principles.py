@@ -168,8 +168,9 @@ def _constitution(root: Node) -> Constitution:
 def _principle(node: Node) -> Principle:
     given = node.mapping("a principle", _FIELDS, _FIELDS[:-1])
     for name in ("id", "about"):
-        if not _NAME.fullmatch(given[name].text(name)):
-            given[name].fail(f"{name} {given[name].value!r}", "use lower-case letters, digits, - and _, at most 64")
+        word = given[name].text(name)
+        if not _NAME.fullmatch(word):
+            given[name].fail(f"{name} {word[:80]!r}", "use lower-case letters, digits, - and _, at most 64")
     return Principle(
         **{name: given[name].text(name) for name in _FIELDS[:-1]},
         weight=given["weight"].number("weight") if "weight" in given else 1.0,

@@ -68,9 +68,9 @@ class Node:
             self.fail(f"{name} is not a mapping", f"write lines such as {known[0]}: …")
         for key in self.value:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1, 0.5)
+                near = difflib.get_close_matches(key[:80], known, 1, 0.5)
                 cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-                self.fail(f"unknown key {key!r} in {name}", cure, key=key)
+                self.fail(f"unknown key {key[:80]!r} in {name}", cure, key=key)
         for key in required:
             if key not in self.value:
                 self.fail(f"{name} has no {key!r}", f"add a line {key}: …")
@@ -160,7 +160,7 @@ def _node(node: yaml.Node, file: str) -> Node:
             raise ConstitutionError(f"{file}:{at}: a key that is not a text; write a plain word")
         if key.value in values:
             raise ConstitutionError(
-                f"{file}:{at}: duplicate key {key.value!r}, first on line {keys[key.value]}; delete one"
+                f"{file}:{at}: duplicate key {key.value[:80]!r}, first on line {keys[key.value]}; delete one"
             )
         values[key.value], keys[key.value] = _node(value, file), at
     return Node(values, file, line, keys)
