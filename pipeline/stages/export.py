@@ -1,0 +1,312 @@
+"""Datasets from the published lines of a run: sft, preference, ranked, prompts, chains.
+
+A pure function of the lines and the settings. Every choice depends on its own row (or, for the share of helpful data, on
+the number of rows), so that ten runs that add prompts end with the bytes of one run over all. Nothing is left out silently:
+what made no row is counted by its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import ExportSettings, HelpfulSettings, SplitSettings
+from pipeline.errors import CorruptError, IncompleteError
+from pipeline.records import Line, Message, digest
+from pipeline.sources import Spec, read
+from pipeline.stages.cards import DATASETS, card_text, schemas
+from pipeline.stages.datasets_out import DatasetWriter, Published
+from pipeline.stages.filters import is_same, why_not
+from pipeline.stages.rows import Pair, Target, Trace, candidate_targets, pairs, sft_targets
+from pipeline.store import RunFolder
+
+
+@dataclass
+class ExportReport:
+    """What came out. prompts: by split. dropped: dataset -> reason -> texts, pairs or records that made no row.
+
+    expected: the training datasets that these stages can fill. labels: chosen of preference rows by origin.
+    helpful: rows that the share asks for, and rows that were used.
+    """
+
+    prompts: Counter[str] = field(default_factory=Counter)
+    datasets: dict[str, Published] = field(default_factory=dict)
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in DATASETS})
+    labels: Counter[str] = field(default_factory=Counter)
+    helpful: Counter[str] = field(default_factory=Counter)
+    expected: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises IncompleteError (3) if a training dataset has nothing to train on, with the counts by reason."""
+        empty = [name for name in self.expected if not self.datasets[name].rows["train"]]
+        if empty:
+            raise IncompleteError("; ".join(self._why_empty(name) for name in empty))
+
+    def _why_empty(self, name: str) -> str:
+        reasons = [f"{reason} {count}" for reason, count in sorted(self.dropped[name].items())]
+        split = [f"{split} {count}" for split, count in sorted(self.prompts.items())]
+        return (
+            f"datasets/{name}: nothing left to train on; left out: {', '.join(reasons) or 'nothing'}; prompts: "
+            f"{', '.join(split) or 'none'}; give more prompts, or change export.filters, margin or split"
+        )
+
+
+def export_run(run: RunFolder, settings: ExportSettings, *, tie_band: float) -> ExportReport:
+    """Exports what a run has published."""
+    stages = {name: run.read(name) if run.manifest(name) else None for name in ("generate", "critique-revise", "rank")}
+    return export(
+        run.path / "datasets",
+        run.read("prompts"),
+        drafts=stages["generate"],
+        chains=stages["critique-revise"],
+        ranked=stages["rank"],
+        settings=settings,
+        tie_band=tie_band,
+    )
+
+
+def export(
+    folder: Path,
+    prompts: Iterable[Line],
+    *,
+    drafts: Iterable[Line] | None,
+    chains: Iterable[Line] | None,
+    ranked: Iterable[Line] | None,
+    settings: ExportSettings,
+    tie_band: float,
+) -> ExportReport:
+    """Writes the datasets under `folder`; stages that were not run are None. Their lines are in the prompts' order.
+
+    tie_band: of the ranking; |p - 0.5| up to this makes no pair. Memory stays bounded for any number of records.
+    """
+    # Without a ranking nothing is best; the end of each chain is the nearest thing to it.
+    settings = settings.model_copy(update={"sft": "last"}) if settings.sft == "best" and ranked is None else settings
+    report = ExportReport(expected=_expected(settings, chains is not None, ranked is not None))
+    writers = {name: DatasetWriter(folder / name, schema) for name, schema in schemas(settings.format).items()}
+    for trace in _joined(prompts, drafts, chains, ranked):
+        split = split_of(trace.prompt["messages"], settings.split)
+        report.prompts[split] += 1
+        rows = _Rows(trace, split, settings, report, writers)
+        rows.add_prompt()
+        rows.add_chains()
+        if split != "sft":
+            rows.add_pairs(tie_band)
+        if split != "preference":
+            rows.add_sft()
+        if ranked is not None:
+            rows.add_ranked()
+    if settings.helpful:
+        _add_helpful(settings.helpful, settings, report, writers["sft"])
+    for name, writer in writers.items():
+        report.datasets[name] = writer.publish(card_text(name, settings))
+    return report
+
+
+def split_of(messages: Iterable[Message], shares: SplitSettings) -> str:
+    """sft, preference or test, by a hash of the first user turn: prompts that begin alike stay together."""
+    first = next((message["content"] for message in messages if message["role"] == "user"), "")
+    normalised = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", first).casefold())
+    at = _hash("split", " ".join(normalised.split())) / 2**64
+    if at < shares.sft:
+        return "sft"
+    return "preference" if at < shares.sft + shares.preference or shares.test == 0 else "test"
+
+
+def _hash(use: str, text: str) -> int:
+    """Uniform in [0, 2**64)."""
+    return int.from_bytes(hashlib.sha256(f"{use}\0{text}".encode()).digest()[:8], "big")
+
+
+def _expected(settings: ExportSettings, has_chains: bool, has_ranked: bool) -> tuple[str, ...]:
+    has_pairs = has_chains if settings.pairs == "revision-draft" else has_ranked
+    shares = settings.split
+    return (
+        *(("sft",) if shares.sft else ()),
+        *(("preference",) if has_pairs and shares.preference else ()),
+        *(("ranked",) if has_ranked else ()),
+    )
+
+
+def _joined(
+    prompts: Iterable[Line], drafts: Iterable[Line] | None, chains: Iterable[Line] | None, ranked: Iterable[Line] | None
+) -> Iterator[Trace]:
+    """The lines of each prompt together. A stage's lines are a part of the prompts, in their order."""
+    stages = [iter(lines or ()) for lines in (drafts, chains, ranked)]
+    heads = [next(lines, None) for lines in stages]
+    for prompt in prompts:
+        found: list[Line | None] = [None, None, None]
+        for place, head in enumerate(heads):
+            if head is not None and head["id"] == prompt["id"]:
+                found[place] = head
+                heads[place] = next(stages[place], None)
+        yield Trace(prompt, *found)
+    for name, head in zip(("generate", "critique-revise", "rank"), heads, strict=True):
+        if head is not None:
+            raise CorruptError(
+                f"{name}: the id {head['id']!r} is not among the prompts in their order; run {name} again"
+            )
+
+
+@dataclass
+class _Rows:
+    """Adds one record's rows to the datasets, and its losses to the report."""
+
+    trace: Trace
+    split: str
+    settings: ExportSettings
+    report: ExportReport
+    writers: Mapping[str, DatasetWriter]
+
+    def add_prompt(self) -> None:
+        self._add("prompts", "", {"principles": [], "label_source": "none"})
+
+    def add_chains(self) -> None:
+        drafts, chains, ranked = self.trace[1:]
+        asked = [entry["principle"] for chain in (chains or {}).get("chains", ()) for entry in chain["rounds"]]
+        asked += [entry["principle"] for name in ("comparisons", "grades") for entry in (ranked or {}).get(name, ())]
+        self._add(
+            "chains",
+            "",
+            {
+                "source": self.trace.prompt["source"],
+                "completions": (drafts or {}).get("completions", []),
+                "chains": (chains or {}).get("chains", []),
+                **{name: (ranked or {}).get(name, []) for name in ("candidates", "comparisons", "grades")},
+                "principles": sorted({principle for principle in asked if principle}),
+                "label_source": "ai",
+            },
+        )
+
+    def add_sft(self) -> None:
+        for target in sft_targets(self.trace, self.settings.sft):
+            if reason := self._why_not(target):
+                self.report.dropped["sft"][reason] += 1
+            elif isinstance(target, Target):
+                row = {"completion": self._answer(target.text), "label_source": target.label_source}
+                self._add("sft", f"/{target.name}", {**row, "principles": sorted(target.principles)})
+
+    def add_pairs(self, tie_band: float) -> None:
+        for pair in pairs(self.trace, self.settings.pairs, tie_band=tie_band, margin=self.settings.margin):
+            if reason := self._why_no_pair(pair):
+                self.report.dropped["preference"][reason] += 1
+            elif isinstance(pair, Pair):
+                self.report.labels[pair.chosen.name.partition("-")[0]] += 1
+                self._add("preference", f"/{pair.chosen.name}:{pair.rejected.name}", self._pair_row(pair))
+
+    def add_ranked(self) -> None:
+        targets = candidate_targets(self.trace)
+        kept: list[tuple[Line, Target]] = []
+        candidates = self.trace.ranked["candidates"] if self.trace.ranked else []
+        for candidate, target in sorted(zip(candidates, targets, strict=True), key=lambda found: found[0]["rank"]):
+            if reason := self._why_not(target):
+                self.report.dropped["ranked"][reason] += 1
+            else:
+                kept.append((candidate, target))
+        if len(kept) < 2:
+            self.report.dropped["ranked"]["single_candidate" if self.trace.ranked else "not_ranked"] += 1
+            return
+        asked = {entry["principle"] for entry in (self.trace.ranked or {})["comparisons"]}
+        principles = asked.union(*(target.principles for _, target in kept))
+        row = {
+            "completions": [self._answer(target.text) for _, target in kept],
+            "scores": [candidate["score"] for candidate, _ in kept],
+        }
+        self._add("ranked", "", {**row, "principles": sorted(principles), "label_source": "ai"})
+
+    def _why_not(self, target: Target | str) -> str | None:
+        if isinstance(target, str):
+            return target
+        return why_not(
+            target.text,
+            finish_reason=target.finish_reason,
+            revised=target.revised,
+            filters=self.settings.filters,
+        )
+
+    def _why_no_pair(self, pair: Pair | str) -> str | None:
+        if isinstance(pair, str):
+            return pair
+        if "same_text" in self.settings.filters and is_same(pair.chosen.text, pair.rejected.text):
+            return "same_text"
+        return self._why_not(pair.chosen) or self._why_not(pair.rejected)
+
+    def _pair_row(self, pair: Pair) -> dict[str, Any]:
+        return {
+            "chosen": self._answer(pair.chosen.text),
+            "rejected": self._answer(pair.rejected.text),
+            "chosen_probability": pair.p,
+            "score_chosen": pair.score_chosen,
+            "score_rejected": pair.score_rejected,
+            "principles": sorted(pair.principles),
+            "label_source": "ai",
+        }
+
+    def _answer(self, text: str) -> Any:
+        return answer_value(text, self.settings.format)
+
+    def _add(self, dataset: str, suffix: str, row: dict[str, Any]) -> None:
+        prompt = self.trace.prompt
+        start = {"id": prompt["id"] + suffix, "prompt": prompt_value(prompt["messages"], self.settings.format)}
+        split = "test" if self.split == "test" else "train"
+        self.writers[dataset].add(split, {**start, "tags": prompt["tags"], **row})
+
+
+def prompt_value(messages: list[Message], format: str) -> Any:
+    """messages, or text: "\\n\\nHuman: …\\n\\nAssistant:", with a system text before it."""
+    if format == "messages":
+        return messages
+    speakers = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    return "".join(speakers[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+
+
+def answer_value(text: str, format: str) -> Any:
+    """One assistant message, or text that goes on after `prompt_value`."""
+    return [{"role": "assistant", "content": text}] if format == "messages" else " " + text
+
+
+def _add_helpful(
+    helpful: HelpfulSettings, settings: ExportSettings, report: ExportReport, writer: DatasetWriter
+) -> None:
+    """Adds as many helpful rows as make up their share of each split: those with the smallest hashes.
+
+    The file is read twice, so that memory holds hashes only.
+    """
+    own = {split: writer.num_rows(split) for split in ("train", "test")}
+    wanted = {split: round(num * helpful.share / (1 - helpful.share)) for split, num in own.items()}
+    hashes: dict[str, set[int]] = {"train": set(), "test": set()}
+    for split, row in _helpful_rows(helpful.path, settings, report):
+        hashes[split].add(_hash("helpful", row["id"]))
+    chosen = {split: set(heapq.nsmallest(wanted[split], found)) for split, found in hashes.items()}
+    for split, row in _helpful_rows(helpful.path, settings, None):
+        if _hash("helpful", row["id"]) in chosen[split]:
+            chosen[split].remove(_hash("helpful", row["id"]))
+            writer.add(split, row)
+            report.helpful["used"] += 1
+    report.helpful["wanted"] = sum(wanted.values())
+
+
+def _helpful_rows(
+    path: str, settings: ExportSettings, report: ExportReport | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Split and row of every helpful answer that shows no fault; losses are counted if there is a report."""
+    for source in read(Spec(path)):
+        if reason := why_not(source.answer, filters=settings.filters):
+            if report:
+                report.dropped["sft"][f"helpful_{reason}"] += 1
+            continue
+        messages = source.messages
+        row = {
+            "id": f"helpful/{digest([messages, source.answer])[:32]}",
+            "prompt": prompt_value(messages, settings.format),
+            "completion": answer_value(source.answer, settings.format),
+            "tags": [*source.tags, "helpful"],
+            "principles": [],
+            "label_source": "given",
+        }
+        yield "test" if split_of(messages, settings.split) == "test" else "train", row
