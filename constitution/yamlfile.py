@@ -124,7 +124,7 @@ def parse(text: str, file: str) -> Node:
         line = text.count("\n", 0, position) + 1
         raise ConstitutionError(f"{file}:{line}: a character that YAML does not allow; delete it") from error
     if root is None:
-        raise ConstitutionError(f"{file}:1: empty; write principles, or start from `cai init`")
+        raise ConstitutionError(f"{file}:1: empty; fill it, or start from `cai init`")
     return _node(root, file)
 
 
