@@ -47,6 +47,10 @@ class Candidate(NamedTuple):
 async def rank(record: Record, ask: Ask, *, using: Rank) -> Outcome:
     """Scores and orders the candidates of a record; fails those that no comparison connects to the others."""
     found = candidates(record, using.settings.candidates)
+    if not found:
+        return Outcome(None, (Failure(-1, -1, "rank", "no_candidates", "no draft, revision or given answer", 1),))
+    if not found:
+        return Outcome(None, (Failure(-1, -1, "rank", "no_candidates", "no draft, revision or given answer", 1),))
     principles = _principles(record, using)
     if using.settings.mode == "graded":
         return await _grade(record, ask, found, principles, using)
@@ -106,7 +110,7 @@ async def _compare(
     principles: Sequence[Principle],
     using: Rank,
 ) -> tuple[list[Line], list[Failure]]:
-    """A comparison line for every pair and principle; a failed request is a line with status `failed`, and a failure."""
+    """A comparison line for every pair and principle; a failed request is one with status `failed`, and a failure."""
     asked = [(a, b, principle) for a, b in pairs for principle in principles]
     judged = await together(_judge(record, ask, found[a].text, found[b].text, p, using) for a, b, p in asked)
     lines: list[Line] = []

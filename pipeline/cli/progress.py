@@ -1,0 +1,111 @@
+"""What a person sees while stages run: a bar on a terminal, a plain line every 30 s elsewhere, counts at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.cli.common import Console
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Chain, Job
+    from pipeline.stages.ingest import Ingested
+
+LINE_EVERY_S = 30.0
+
+
+def watcher(console: Console) -> Callable[[Chain], Awaitable[None]]:
+    """A coroutine function that reports on a chain until it is cancelled."""
+    if console.quiet:
+        return _silent
+    return _bar if sys.stderr.isatty() else lambda chain: _lines(console, chain)
+
+
+async def _silent(chain: Chain) -> None:
+    await asyncio.Event().wait()
+
+
+async def _lines(console: Console, chain: Chain) -> None:
+    began = time.monotonic()
+    while True:
+        await asyncio.sleep(LINE_EVERY_S)
+        console.say(_describe(chain, time.monotonic() - began))
+
+
+async def _bar(chain: Chain) -> None:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=RichConsole(stderr=True)) as bar:
+        task = bar.add_task("", total=chain.driver.progress.total)
+        try:
+            while True:
+                done = chain.driver.progress.done
+                bar.update(task, completed=done, description=_rates(chain, time.monotonic() - began))
+                await asyncio.sleep(0.5)
+        finally:
+            bar.update(task, completed=chain.driver.progress.done)
+
+
+def _describe(chain: Chain, seconds: float) -> str:
+    progress = chain.driver.progress
+    done, total = progress.done, progress.total
+    eta = f", about {(total - done) * seconds / done:.0f} s left" if done else ""
+    return f"{done} of {total} records{eta}; {_rates(chain, seconds)}"
+
+
+def _rates(chain: Chain, seconds: float) -> str:
+    journal, usage, seconds = chain.journal, chain.usage, max(seconds, 1e-9)
+    return (
+        f"{journal.asked} replies ({journal.asked / seconds:.1f}/s, {journal.replayed} from the journal), "
+        f"tokens/s in {usage['prompt_tokens'] / seconds:.0f} out {usage['completion_tokens'] / seconds:.0f}, "
+        f"{chain.driver.progress.in_flight} in flight, {chain.driver.progress.failed} failed"
+    )
+
+
+def show_ingest(console: Console, ingested: Ingested | None) -> None:
+    if ingested is None:
+        return
+    console.report["counts"]["prompts"] = ingested._asdict()
+    merged = f", {ingested.merged_turns} turns merged" if ingested.merged_turns else ""
+    console.say(
+        f"prompts: {ingested.lines} read, {ingested.new} new, {ingested.known} known, "
+        f"{ingested.duplicates} duplicates{merged}"
+    )
+
+
+def show_counts(console: Console, job: Job, names: Sequence[str]) -> None:
+    """The balance of every stage: in = ok + filtered + failed, and the stage's own tallies."""
+    for name in names:
+        manifest = job.run.manifest(name)
+        if manifest is None:
+            continue
+        counts = manifest.counts
+        console.report["counts"][name] = dict(counts)
+        console.report["outputs"][name] = str(job.run.path / name)
+        tallies = ", ".join(f"{key} {value}" for key, value in counts.items() if key not in _BALANCE and value)
+        balance = ", ".join(f"{key} {counts[key]}" for key in _BALANCE)
+        console.show(f"{name}: {balance}" + (f" ({tallies})" if tallies else ""))
+        if counts["failed"]:
+            console.show(f"  why: {job.run.losses_path('failed', name)}")
+
+
+_BALANCE = ("in", "ok", "filtered", "failed")
+
+
+def show_satisfied(console: Console, job: Job, names: Sequence[str]) -> None:
+    from pipeline.recipe import SATISFIED_SHARE, satisfied_drafts
+
+    share = satisfied_drafts(job) if "critique-revise" in names else None
+    if share is not None and share > SATISFIED_SHARE:
+        console.report["counts"]["satisfied_drafts"] = share
+        console.show(
+            f"note: {share:.0%} of drafts already satisfied the principle drawn for them: the judge found no revision "
+            "better. These prompts teach the model little. Take harder prompts, look at some records with "
+            f"`cai show --run {job.run.path}`, and check that the judge can tell good from bad (`cai try`)."
+        )

@@ -1,0 +1,124 @@
+"""generate, critique-revise, rank, export and the whole recipe: parse, call, print."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.cli.common import Console, command, model_flags, model_options, run_option, settings_options
+from pipeline.estimate import REPLY_SHARE
+
+if TYPE_CHECKING:
+    from pipeline.config.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _chain_options(function: F) -> F:
+    for option in (
+        click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds to drain after a signal."),
+        click.option("--frozen", is_flag=True, help="Refuse to go on if settings or principles changed."),
+        click.option("--dry-run", is_flag=True, help="Print records, requests, tokens and disk, and ask nothing."),
+        click.option("--seed", type=int, help="The run's seed."),
+        click.option("--limit", type=click.IntRange(1), help="Only the first N prompts."),
+        click.option("--prompts", multiple=True, metavar="FILE|hf:NAME", help="Where prompts come from; repeatable."),
+        model_options,
+        settings_options,
+        run_option(),
+    ):
+        function = option(function)
+    return function
+
+
+@command("run", help="Run the whole recipe: generate, critique-revise, rank, export.")
+@_chain_options
+def run_command(console: Console, **options: Any) -> None:
+    _run_stages(console, ("generate", "critique-revise", "rank"), export=True, **options)
+
+
+@command("generate", help="Draft answers to the prompts.")
+@_chain_options
+def generate_command(console: Console, **options: Any) -> None:
+    _run_stages(console, ("generate",), **options)
+
+
+@command("critique-revise", help="Criticise and revise the drafts.")
+@_chain_options
+def critique_revise_command(console: Console, **options: Any) -> None:
+    _run_stages(console, ("critique-revise",), **options)
+
+
+@command("rank", help="Compare the candidates and put them in order.")
+@_chain_options
+def rank_command(console: Console, **options: Any) -> None:
+    _run_stages(console, ("rank",), **options)
+
+
+def _run_stages(
+    console: Console,
+    names: Sequence[str],
+    *,
+    run: Path,
+    prompts: Sequence[str],
+    limit: int | None,
+    seed: int | None,
+    dry_run: bool,
+    frozen: bool,
+    grace: float,
+    config: Path | None,
+    assignments: Sequence[str],
+    model: str | None,
+    endpoint: str | None,
+    constitution: str | None,
+    export: bool = False,
+) -> None:
+    from pipeline import recipe
+    from pipeline.cli import progress
+    from pipeline.lock import locked
+    from pipeline.store import RunFolder
+
+    flags = model_flags(model, endpoint, constitution)
+    if prompts:
+        flags["prompts"] = {"sources": [{"path": path} for path in prompts]}
+    if seed is not None:
+        flags["run"] = {"seed": seed}
+    settings = recipe.resolve(run, config, assignments, flags)
+    if dry_run:
+        _dry_run(console, run, settings, names, limit)
+        return
+    is_first = bool(prompts) or "generate" in names
+    RunFolder(run, create=is_first)
+    with locked(run):
+        job, changed = recipe.open_job(run, settings, frozen=frozen)
+        for line in changed:
+            console.say(f"changed since the last call: {line}")
+        if is_first:
+            progress.show_ingest(console, recipe.ingest_prompts(job, limit))
+        chain = recipe.prepare(job, names, limit=limit, grace_s=grace)
+        try:
+            asyncio.run(recipe.run_chain(chain, max_time=settings.run.max_time, watch=progress.watcher(console)))
+        finally:
+            progress.show_counts(console, job, names)
+        progress.show_satisfied(console, job, names)
+        if export:
+            export_datasets(console, job)
+        recipe.check_shares(job, names)
+
+
+def _dry_run(console: Console, run: Path, settings: Settings, names: Sequence[str], limit: int | None) -> None:
+    """Counts what the call would ask for, from the sources or the prompts that the run already has."""
+    from pipeline import recipe
+
+    estimate = recipe.estimate_job(run, settings, names, limit)
+    console.report["counts"] = estimate._asdict()
+    console.show(f"records      {estimate.records:>14,}")
+    for kind, number in estimate.requests.items():
+        console.show(f"  {kind:<10} {number:>14,} requests")
+    console.show(f"requests     {sum(estimate.requests.values()):>14,}")
+    console.show(f"tokens in    {estimate.tokens_in:>14,}  about, at 4 characters a token")
+    console.show(f"tokens out   {estimate.tokens_out:>14,}  about, at {REPLY_SHARE:.0%} of max_tokens a reply")
+    console.show(f"disk         {estimate.disk / 1e6:>14,.1f}  MB, about")

@@ -1,0 +1,101 @@
+"""What a run would ask for: records, requests, tokens and disk, counted from its prompts and settings, without a model.
+
+Text is counted as four characters a token and replies at the lengths given below; measured runs replace the guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from constitution.principles import Constitution
+from constitution.ranking import schedule
+from pipeline.config.settings import Settings
+
+CHARACTERS_PER_TOKEN = 4.0
+BYTES_PER_REPLY = 250
+"""Of the journal and the parts, besides the text itself."""
+REPLY_SHARE = 0.3
+"""Of max_tokens, what a reply is taken to be long."""
+
+
+class Estimate(NamedTuple):
+    """records: prompts; tokens: (in, out) over all requests; disk: bytes of the run folder."""
+
+    records: int
+    requests: dict[str, int]
+    tokens_in: int
+    tokens_out: int
+    disk: int
+
+
+class Call(NamedTuple):
+    """One kind of request of one record: how many, and the tokens of one prompt and one reply."""
+
+    kind: str
+    num: float
+    tokens_in: float
+    tokens_out: float
+
+
+def estimate(
+    settings: Settings,
+    constitution: Constitution,
+    names: Sequence[str],
+    *,
+    records: int,
+    characters: int,
+    max_tokens: int,
+) -> Estimate:
+    """characters: of all prompts together. max_tokens: of a reply, where the settings do not say."""
+    prompt = characters / max(records, 1) / CHARACTERS_PER_TOKEN
+    calls = list(_calls(settings, constitution, names, prompt, max_tokens))
+    requests: dict[str, int] = {}
+    for call in calls:
+        requests[call.kind] = requests.get(call.kind, 0) + round(records * call.num)
+    tokens_in = records * sum(call.num * call.tokens_in for call in calls)
+    tokens_out = records * sum(call.num * call.tokens_out for call in calls)
+    replies = sum(requests.values())
+    # Every reply stands in the journal and in a part, its prompt in none of them.
+    disk = 2 * (characters + int(tokens_out * CHARACTERS_PER_TOKEN) + replies * BYTES_PER_REPLY)
+    return Estimate(records, requests, round(tokens_in), round(tokens_out), disk)
+
+
+def _calls(
+    settings: Settings, constitution: Constitution, names: Sequence[str], prompt: float, max_tokens: int
+) -> Iterator[Call]:
+    samples = settings.generate.samples * max(1, len(settings.generate.models))
+    answer = REPLY_SHARE * (settings.generate.max_tokens or max_tokens)
+    principle = sum(len(p.comparison) for p in constitution) / len(constitution) / CHARACTERS_PER_TOKEN
+    judged = prompt + 2 * answer + principle + 50
+    if "generate" in names:
+        yield Call("draft", samples, prompt, answer)
+    if "critique-revise" in names:
+        section = settings.critique_revise
+        chains = samples * section.rounds
+        if not section.direct:
+            yield Call("critique", chains, prompt + answer + principle, answer)
+        yield Call("revision", chains, prompt + 2 * answer + 2 * principle, answer)
+        if section.verify:
+            yield Call("comparison", 2 * chains, judged, 1)
+        if section.early_stop:
+            yield Call("check", chains * len(constitution.abouts), judged, 1)
+    if "rank" in names:
+        yield from _rank_calls(settings, constitution, samples, judged, answer, has_chains="critique-revise" in names)
+
+
+def _rank_calls(
+    settings: Settings, constitution: Constitution, samples: int, judged: float, answer: float, *, has_chains: bool
+) -> Iterator[Call]:
+    revisions = (1 if settings.rank.candidates == "ends" else settings.critique_revise.rounds) if has_chains else 0
+    candidates = samples * (1 + revisions)
+    principles = len(constitution) if settings.rank.principles == "all" else settings.rank.principles
+    orders = 1 if settings.rank.order == "single" else 2
+    if settings.rank.mode == "graded":
+        yield Call("grade", candidates * principles, judged, 1)
+        pairs = 1
+    else:
+        pairs = len(schedule(candidates))
+    if settings.rank.chain_of_thought:
+        yield Call("reasoning", pairs * principles * orders, judged, answer)
+    yield Call("comparison", pairs * principles * orders, judged, 1)

@@ -1,0 +1,264 @@
+"""The recipe: which stages a call runs, on which engines, and what each stage's lines depend on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from constitution.principles import Constitution, default_path
+from pipeline import nano
+from pipeline.config.load import differences, dump, read_file, read_layers
+from pipeline.config.settings import EngineSettings, Settings
+from pipeline.driver import Driver, Stage
+from pipeline.engines import open_engine
+from pipeline.engines.base import Engine, Reply
+from pipeline.errors import IncompleteError, UsageError
+from pipeline.estimate import Estimate, estimate
+from pipeline.journal import Journal
+from pipeline.records import Message, digest
+from pipeline.sources import Spec, mix
+from pipeline.stages import critique_revise, generate, rank
+from pipeline.stages.asking import Voice
+from pipeline.stages.ingest import Ingested, ingest
+from pipeline.store import RunFolder, StageWriter, write_atomic
+
+DATA_STAGES = ("generate", "critique-revise", "rank")
+MAX_TOKENS = 1024
+NANO_MAX_TOKENS = 96
+SATISFIED_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call on one run folder."""
+
+    run: RunFolder
+    settings: Settings
+    constitution: Constitution
+
+
+def resolve(run: Path, config: Path | None, assignments: Sequence[str], flags: dict[str, Any]) -> Settings:
+    """The settings of a call on a run folder: its own from earlier calls; file, environment and flags over them."""
+    return read_layers(run / "config.yaml", config, assignments, flags)
+
+
+def open_job(path: Path, settings: Settings, *, frozen: bool = False) -> tuple[Job, list[str]]:
+    """Opens the run, and keeps the resolved inputs in it. Returns what differs from the last call too.
+
+    frozen: refuse to go on if anything does. The caller holds the run's lock.
+    """
+    constitution_path = constitution_file(settings)
+    constitution = Constitution.load(constitution_path)
+    run = RunFolder(path)
+    config, principles = run.path / "config.yaml", run.path / "constitution.yaml"
+    text = constitution_path.read_bytes()
+    changed = differences(read_file(config), settings) if config.exists() else []
+    if principles.exists() and Constitution.load(principles).digest != constitution.digest:
+        changed.append("constitution: the text of its principles or wording")
+    if frozen and changed:
+        raise UsageError(f"{run.path}: --frozen, but the inputs changed: {'; '.join(changed)}")
+    for file, data in ((config, dump(settings)), (principles, text)):
+        if not file.exists() or file.read_bytes() != data:
+            write_atomic(file, data)
+    return Job(run, settings, constitution), changed
+
+
+def constitution_file(settings: Settings) -> Path:
+    return Path(settings.constitution) if settings.constitution else default_path()
+
+
+def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
+    """Brings the configured sources into the run. None if there are none, but the run has prompts already."""
+    specs = _specs(job.settings)
+    if specs:
+        return ingest(job.run, specs, shard_size=job.settings.prompts.shard_size, limit=limit)
+    if not job.run.manifest("prompts"):
+        raise UsageError(f"{job.run.path}: no prompts; use --prompts FILE, or set prompts.sources in cai.yaml")
+    return None
+
+
+def _specs(settings: Settings) -> list[Spec]:
+    return [Spec(source.path, source.tags, source.limit, source.weight) for source in settings.prompts.sources]
+
+
+def estimate_job(path: Path, settings: Settings, names: Sequence[str], limit: int | None) -> Estimate:
+    """What a call would ask for, from its sources or else the prompts that the run has; nothing is written or asked."""
+    specs = _specs(settings)
+    found: Iterator[list[Message]] = (
+        (row.messages for row in mix(specs))
+        if specs
+        else (line["messages"] for line in RunFolder(path).read("prompts"))
+    )
+    sizes = [sum(len(message["content"]) for message in messages) for messages in itertools.islice(found, limit)]
+    max_tokens = NANO_MAX_TOKENS if settings.engine.model == "nano" else MAX_TOKENS
+    constitution = Constitution.load(constitution_file(settings))
+    return estimate(settings, constitution, names, records=len(sizes), characters=sum(sizes), max_tokens=max_tokens)
+
+
+class Engines:
+    """The engines of one call; equal settings share one."""
+
+    def __init__(self, constitution: Constitution) -> None:
+        self._constitution = constitution
+        self._open: dict[str, Engine] = {}
+
+    def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
+        default = MAX_TOKENS
+        if settings.model == "nano":
+            settings = settings.model_copy(update={"model": str(nano.path())})
+            default = NANO_MAX_TOKENS
+        key = digest(settings.model_dump(mode="json", exclude={"style"}))
+        if key not in self._open:
+            self._open[key] = open_engine(settings)
+        return Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+
+    @property
+    def concurrency(self) -> int:
+        return max(engine.concurrency for engine in self._open.values())
+
+    async def close(self) -> None:
+        for engine in self._open.values():
+            await engine.close()
+
+
+def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage]:
+    """The named stages in the order of the recipe, each with the identity of all that its lines depend on."""
+    settings, seed = job.settings, job.settings.run.seed
+    judge_settings = settings.engine_for(settings.judge)
+    stages: list[Stage] = []
+    upstream = {
+        name: made.fingerprint for name in DATA_STAGES if (made := job.run.manifest(name)) and name not in names
+    }
+
+    def add(
+        name: str, run: Callable[..., Any], tally: Callable[..., Any], needs: tuple[str, ...], *depends: Any
+    ) -> None:
+        before = {stage: upstream[stage] for stage in DATA_STAGES[: DATA_STAGES.index(name)] if stage in upstream}
+        upstream[name] = digest([name, seed, before, *depends])
+        stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
+
+    if "generate" in names:
+        models = [settings.engine_for(section) for section in settings.generate.models] or [settings.engine]
+        voices = [engines.voice(model, settings.generate.max_tokens) for model in models]
+        run: Any = partial(generate.generate, models=voices, settings=settings.generate, seed=seed)
+        section = settings.generate.model_dump(mode="json", exclude={"models"})
+        add("generate", run, generate.tally, (), section, [_identity(voice) for voice in voices])
+    if "critique-revise" in names:
+        critic = engines.voice(settings.engine_for(settings.critic), settings.critique_revise.max_tokens)
+        judge = engines.voice(judge_settings)
+        using = critique_revise.CritiqueRevise(job.constitution, critic, judge, settings.critique_revise, seed)
+        run = partial(critique_revise.critique_revise, using=using)
+        section = settings.critique_revise.model_dump(mode="json")
+        depends = [section, job.constitution.digest, _identity(critic), _identity(judge)]
+        add("critique-revise", run, critique_revise.tally, ("generate",), *depends)
+    if "rank" in names:
+        judge = engines.voice(judge_settings, settings.rank.max_tokens)
+        run = partial(rank.rank, using=rank.Rank(job.constitution, judge, settings.rank, seed))
+        section = settings.rank.model_dump(mode="json")
+        add("rank", run, rank.tally, _rank_needs(upstream), section, job.constitution.digest, _identity(judge))
+    return stages
+
+
+def _rank_needs(upstream: dict[str, str]) -> tuple[str, ...]:
+    """Ranking takes what is there: revised drafts, drafts alone, or only the answers that came with the prompts."""
+    return tuple(name for name in ("generate", "critique-revise") if name in upstream)
+
+
+def _identity(voice: Voice) -> list[Any]:
+    return [voice.engine.fingerprint, voice.style, voice.max_tokens]
+
+
+@dataclass
+class Chain:
+    """Stages about to run. `driver.progress`, `journal` and `usage` tell how far they are."""
+
+    stages: list[Stage]
+    engines: Engines
+    journal: Journal
+    driver: Driver
+    usage: Counter[str]
+
+
+def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s: float = 30.0) -> Chain:
+    """Opens the engines and lines the stages up. UsageError if a stage before them has not run."""
+    earlier = [name for name in DATA_STAGES if name not in names and DATA_STAGES.index(name) < _first(names)]
+    inputs = [name for name in earlier if job.run.manifest(name)]
+    if "critique-revise" in names and "generate" not in [*names, *inputs]:
+        raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
+    engines = Engines(job.constitution)
+    stages = build_stages(job, engines, names)
+    usage: Counter[str] = Counter()
+    budget = job.settings.run.budget_tokens
+
+    def count(reply: Reply) -> None:
+        usage.update(reply.usage._asdict())
+        if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
+            driver.stop()
+
+    journal = Journal(job.run.path / "journal", on_reply=count)
+    # A record asks for several things at once, so fewer records than places keep the engine full.
+    window = max(2, engines.concurrency)
+    driver = Driver(job.run, stages, journal, window=window, limit=limit, inputs=inputs, grace_s=grace_s)
+    return Chain(stages, engines, journal, driver, usage)
+
+
+def _first(names: Sequence[str]) -> int:
+    return min(DATA_STAGES.index(name) for name in names)
+
+
+async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Chain], Awaitable[None]]) -> None:
+    """Runs the stages to the end. SIGTERM, SIGUSR1, Ctrl-C and `max_time` seconds stop it; StoppedError then.
+
+    watch: a coroutine beside it, for progress; it is cancelled at the end. A second Ctrl-C ends the process with 130.
+    """
+    loop = asyncio.get_running_loop()
+    interrupts = 0
+
+    def interrupted() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            os._exit(130)
+        chain.driver.stop()
+
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        loop.add_signal_handler(number, chain.driver.stop)
+    timer = loop.call_later(max_time, chain.driver.stop) if max_time else None
+    watcher = asyncio.ensure_future(watch(chain))
+    try:
+        await chain.driver.run()
+    finally:
+        if timer:
+            timer.cancel()
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        await chain.engines.close()
+
+
+def check_shares(job: Job, names: Sequence[str]) -> None:
+    """IncompleteError (3) if a stage failed more records than `run.max_failed_share` allows."""
+    for name in names:
+        manifest = job.run.manifest(name)
+        counts = manifest.counts if manifest else Counter[str]()
+        if counts["failed"] > job.settings.run.max_failed_share * counts["in"]:
+            raise IncompleteError(
+                f"{name}: {counts['failed']} of {counts['in']} records failed, more than run.max_failed_share "
+                f"({job.settings.run.max_failed_share:.0%}); see {job.run.losses_path('failed', name)}"
+            )
+
+
+def satisfied_drafts(job: Job) -> float | None:
+    """The share of drafts in which the first round found nothing to improve; None before critique-revise."""
+    manifest = job.run.manifest("critique-revise")
+    if not manifest or not manifest.counts["first_rounds"]:
+        return None
+    return manifest.counts["drafts_satisfied"] / manifest.counts["first_rounds"]
