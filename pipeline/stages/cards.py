@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 DATASETS = {
     "sft": (
         "Answers to imitate: `prompt`, `completion`.",
-        "A row's id is the record's, a slash, and the text's name: `draft-SAMPLE`, `revision-SAMPLE-ROUND` (rounds from "
-        "1) or `given-SAMPLE`. Ids that begin with `helpful/` are helpful data that was mixed in, with `label_source` "
-        "`given`.",
+        "A row's id is the record's, a slash, and the text's name: `draft-SAMPLE`, `revision-SAMPLE-ROUND` (rounds "
+        "from 1) or `given-SAMPLE`. Ids that begin with `helpful/` are helpful data, mixed in, with "
+        "`label_source` `given`.",
     ),
     "preference": (
         "Pairs of answers to one prompt: `prompt`, `chosen`, `rejected`.",
@@ -33,9 +33,9 @@ DATASETS = {
     "prompts": ("The prompts alone, for training that samples its own answers.", "Their `label_source` is `none`."),
     "chains": (
         "The whole trace of every record: drafts, critiques and revisions, candidates and comparisons.",
-        "`p_ab` is the probability that candidate `a` is better when it is shown first, `p_ba` when it is shown second, "
-        "`p` what was made of both; null where the judge abstained or was not asked. In a round, `p` is the probability "
-        "that the revision is better than what it revised.",
+        "`p_ab` is the probability that candidate `a` is better when it is shown first, `p_ba` when it is shown "
+        "second, `p` what was made of both; null where the judge abstained or was not asked. In a round, `p` is the "
+        "probability that the revision is better than what it revised.",
     ),
 }
 """Name -> what a row is, and how to read its columns."""

@@ -1,7 +1,7 @@
 """A dataset on disk: versions of Parquet files, and a card that names the current one.
 
-Rows come in any order and leave sorted by id; what does not fit into memory waits in sorted files on disk. The same rows
-give the same bytes, and no new version. A version becomes current when its card replaces the old one.
+Rows come in any order and leave sorted by id; what does not fit into memory waits in sorted files on disk. The same
+rows give the same bytes, and no new version. A version becomes current when its card replaces the old one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Datasets from the published lines of a run: sft, preference, ranked, prompts, chains.
 
-A pure function of the lines and the settings. Every choice depends on its own row (or, for the share of helpful data, on
-the number of rows), so that ten runs that add prompts end with the bytes of one run over all. Nothing is left out silently:
-what made no row is counted by its reason.
+A pure function of the lines and the settings. Every choice depends on its own row (or, for the share of helpful data,
+on the number of rows), so that ten runs that add prompts end with the bytes of one run over all. What made no row is
+counted by its reason.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ _META_PREFIX_ELSEWHERE = re.compile(
 
 _SPACE = re.compile(r"\s+")
 _EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff]")
+_PREFIX_LOOK = 500
 _WINDOW = 20
 _REPEATED_SHARE = 0.4
 _LONGEST_LOOK = 20_000
@@ -88,7 +89,8 @@ def has_role_confusion(text: str) -> bool:
 
 def has_meta_prefix(text: str) -> bool:
     """Whether the text announces itself as a revision ("Sure, here is a revised response:") before it begins."""
-    return _META_PREFIX.match(text) is not None or _META_PREFIX_ELSEWHERE.match(text) is not None
+    start = text.lstrip()[:_PREFIX_LOOK]
+    return _META_PREFIX.match(start) is not None or _META_PREFIX_ELSEWHERE.match(start) is not None
 
 
 def is_repetitive(text: str) -> bool:
@@ -96,7 +98,7 @@ def is_repetitive(text: str) -> bool:
 
     Counted in windows of 20 characters: four English words, ten Chinese ones. A unit said four times is a loop.
     """
-    flat = _SPACE.sub(" ", text).strip()
+    flat = _SPACE.sub(" ", text[-2 * _LONGEST_LOOK :]).strip()
     emoji = len(_EMOJI.findall(flat))
     if emoji >= _FEWEST_EMOJI and emoji > _EMOJI_SHARE * len(flat):
         return True
