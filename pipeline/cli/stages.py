@@ -14,6 +14,7 @@ from pipeline.estimate import REPLY_SHARE
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
+    from pipeline.recipe import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +57,46 @@ def critique_revise_command(console: Console, **options: Any) -> None:
 @_chain_options
 def rank_command(console: Console, **options: Any) -> None:
     _run_stages(console, ("rank",), **options)
+
+
+@command("export", help="Write the datasets.")
+@click.option("--format", "format_", type=click.Choice(["messages", "text"]), help="Message lists, or strings.")
+@settings_options
+@run_option()
+def export_command(
+    console: Console, *, run: Path, config: Path | None, assignments: Sequence[str], format_: str | None
+) -> None:
+    from pipeline import recipe
+    from pipeline.lock import locked
+    from pipeline.store import RunFolder
+
+    RunFolder(run)
+    flags = {"export": {"format": format_}} if format_ else {}
+    settings = recipe.resolve(run, config, assignments, flags)
+    with locked(run):
+        job, _ = recipe.open_job(run, settings)
+        _export(console, job)
+
+
+def _export(console: Console, job: Job) -> None:
+    """Writes the datasets and prints what came out, and what was left out and why."""
+    from pipeline.stages.export import export_run
+
+    report = export_run(job.run, job.settings.export, tie_band=job.settings.rank.tie_band)
+    splits = {name: report.prompts[name] for name in ("sft", "preference", "test")}
+    console.show("split: " + ", ".join(f"{name} {count} prompts" for name, count in splits.items()))
+    counts: dict[str, Any] = {"split": splits}
+    for name, published in report.datasets.items():
+        left_out = dict(sorted(report.dropped[name].items()))
+        counts[name] = {**published.rows, "left_out": left_out}
+        folder = job.run.path / "datasets" / name
+        if any(published.rows.values()):
+            console.report["outputs"][f"datasets/{name}"] = str(folder)
+        why = "; left out: " + ", ".join(f"{reason} {count}" for reason, count in left_out.items()) if left_out else ""
+        rows = ", ".join(f"{split} {count}" for split, count in published.rows.items())
+        console.show(f"{folder}: {rows} rows{why}")
+    console.report["counts"]["datasets"] = counts
+    report.check()
 
 
 def _run_stages(
@@ -105,7 +146,7 @@ def _run_stages(
             progress.show_counts(console, job, names)
         progress.show_satisfied(console, job, names)
         if export:
-            export_datasets(console, job)
+            _export(console, job)
         recipe.check_shares(job, names)
 
 

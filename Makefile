@@ -1,0 +1,30 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SET_UP := $(VENV)/.set-up
+
+.PHONY: demo test lint clean
+
+demo: $(SET_UP)
+	rm -rf runs/demo
+	$(BIN)/cai run --run runs/demo --model nano --prompts pipeline/nano/prompts.jsonl --set critique_revise.draw=cover
+	$(BIN)/cai show --run runs/demo --limit 2
+
+test: $(SET_UP) lint
+	$(BIN)/python -m pytest
+
+lint: $(SET_UP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A range whose newest member is torch 2.13 takes the build that fits this machine; see constraints.txt.
+$(SET_UP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cai needs Python 3.11 or newer; call make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo
