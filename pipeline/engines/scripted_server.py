@@ -68,7 +68,7 @@ class Ledger:
         return self._number, before
 
     def answered(self, number: int, key: str, status: int, fault: str) -> None:
-        """Notes what was sent; status 0 where nothing whole was."""
+        """Notes what is sent next; status 0 where nothing whole is."""
         self.in_flight -= 1
         line = {"event": "answered", "n": number, "t": time.time(), "key": key, "status": status, "fault": fault}
         self._write(line)
@@ -192,9 +192,9 @@ class Connection(asyncio.Protocol):
             self._finish(200, encode(reply)[: len(encode(reply)) // 2], fault=fault.kind)
         elif fault.kind == "cut_body":
             whole = response(200, encode(reply), "")
+            self._answered(0, fault.kind)
             self.transport.write(whole[: len(whole) - len(whole) // 4])
             self.transport.close()
-            self._answered(0, fault.kind)
         elif fault.kind == "drip":
             self._drip(response(200, encode(reply), ""), 0, fault.every_s)
         else:
@@ -219,8 +219,8 @@ class Connection(asyncio.Protocol):
         self.timer = asyncio.get_running_loop().call_later(every_s, self._drip, whole, sent + 1, every_s)
 
     def _finish(self, status: int, reply: dict[str, Any] | bytes, headers: str = "", *, fault: str = "") -> None:
-        self._send(status, reply, headers)
         self._answered(status, fault)
+        self._send(status, reply, headers)
         self._next()
 
     def _send(self, status: int, reply: dict[str, Any] | bytes, headers: str = "") -> None:

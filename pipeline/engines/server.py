@@ -33,6 +33,7 @@ MAX_TRIES = 8  # at 30 % faults one request in 15,000 uses them up
 MAX_BAD_REPLIES = 3
 DOWN_AFTER = 3  # requests given up in a row, none answered between: the endpoint is gone, not the requests odd
 CONNECT_S = 10.0
+POOL_CONNECTIONS = 16  # a pool looks at all its connections for every request: small pools in turn cost less
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 20.0
 _RETRIED = {408, 409, 425, 429}
@@ -113,10 +114,10 @@ class ServerEngine:
         self._given_up = 0
         self._ended: EngineDown | EngineRefused | None = None
         self._key = os.environ.get(api_key_env, "")
-        self._open_client(base_url, self._key)
+        self._open_clients(base_url, self._key)
 
-    def _open_client(self, base_url: str, key: str) -> None:
-        """The openai client without its own retries; no redirects, so that the key goes to `base_url`'s origin only."""
+    def _open_clients(self, base_url: str, key: str) -> None:
+        """openai clients without their own retries; no redirects, so that the key goes to `base_url`'s origin only."""
         import openai
 
         # The HTTP library that openai is built on: httpx, or httpx2 since 3.0.
@@ -124,15 +125,19 @@ class ServerEngine:
         limits = http.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         is_local = urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
         timeout = http.Timeout(None, connect=CONNECT_S)
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url,
-            api_key=key or "none",  # the client insists on one; `_options` keeps it from being sent
-            max_retries=0,
-            timeout=timeout,
-            http_client=openai.DefaultAsyncHttpxClient(
-                limits=limits, timeout=timeout, follow_redirects=False, trust_env=not is_local
-            ),
-        )
+        self._clients = [
+            openai.AsyncOpenAI(
+                base_url=base_url,
+                api_key=key or "none",  # the client insists on one; `_options` keeps it from being sent
+                max_retries=0,
+                timeout=timeout,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    limits=limits, timeout=timeout, follow_redirects=False, trust_env=not is_local
+                ),
+            )
+            for _ in range(-(-self.concurrency // POOL_CONNECTIONS))
+        ]
+        self._turns = itertools.cycle(self._clients)
         self._options: Any = {} if key else {"headers": {"Authorization": openai.Omit()}}
         self._response_class = http.Response
         self._openai = openai
@@ -197,16 +202,18 @@ class ServerEngine:
         try:
             return read_reply(response.content, request)
         except BadReply as error:
-            raise _TryAgain("bad_reply", self._hide_key(str(error))) from error
+            raise _TryAgain("bad_reply", self._hide_key(str(error))) from None
 
     async def _send(self, method: str, path: str, body: Body | None) -> Any:
         """One HTTP exchange; the response if it is a 200."""
+        client = next(self._turns)
         try:
             if method == "GET":
-                return await self._client.get(path, cast_to=self._response_class, options=self._options)
-            return await self._client.post(path, body=body, cast_to=self._response_class, options=self._options)
+                return await client.get(path, cast_to=self._response_class, options=self._options)
+            return await client.post(path, body=body, cast_to=self._response_class, options=self._options)
         except self._openai.APIStatusError as error:
-            raise self._refusal(error) from error
+            # What the server wrote may repeat the key, so that its error does not go on as a cause.
+            raise self._refusal(error) from None
         except self._openai.APIConnectionError as error:
             cause = error.__cause__ or error
             reason = "unreachable" if type(cause).__name__ in ("ConnectError", "ConnectTimeout") else "connection_lost"
@@ -247,7 +254,8 @@ class ServerEngine:
 
     async def close(self) -> None:
         """Closes the connections."""
-        await self._client.close()
+        for client in self._clients:
+            await client.close()
 
 
 def _origin(base_url: str) -> str:

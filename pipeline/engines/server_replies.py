@@ -106,7 +106,8 @@ def _text(choice: dict[str, Any]) -> tuple[str, str]:
     try:
         (text + reasoning).encode()
     except UnicodeEncodeError as error:
-        raise BadReply(f"a lone surrogate in the text: {excerpt(text or reasoning)}") from error
+        near = (text + reasoning)[max(0, error.start - 50) :]
+        raise BadReply(f"a lone surrogate in the text: {excerpt(near)}") from error
     if not reasoning:
         text, reasoning = split_reasoning(text)
     return text, reasoning

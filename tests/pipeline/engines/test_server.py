@@ -1,0 +1,489 @@
+"""The server engine against the real local server that misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.engines import server as server_module
+from pipeline.engines.base import Reply, Request
+from pipeline.engines.scripted import ScriptedEngine
+from pipeline.engines.scripted_answers import Fault, Rule, Script
+from pipeline.engines.scripted_server import running
+from pipeline.engines.server import ServerEngine, Slots
+from pipeline.engines.server_replies import BadReply, label_logprobs, read_reply, retry_after_s
+from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
+
+GRADES = (*"123456789", "10")
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "FIRST_WAIT_S", 0.002)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def chat(text: str, **options: Any) -> Request:
+    options = {"max_tokens": 96, "temperature": 1.0, "seed": 7, **options}
+    return Request([{"role": "user", "content": text}], "draft", **options)
+
+
+def faulty(last: str, **fault: Any) -> Script:
+    return Script(rules=(Rule(last=last, faults=(Fault(**fault),)),))
+
+
+def play(
+    script: Script,
+    act: Callable[[ServerEngine], Awaitable[Any]],
+    *,
+    ledger: Path | None = None,
+    model: str = "scripted",
+    **options: Any,
+) -> Any:
+    """Runs `act` with an engine on a scripted server."""
+
+    async def with_both() -> Any:
+        async with running(script, ledger=ledger) as url:
+            engine = ServerEngine(model, url, **options)
+            try:
+                return await act(engine)
+            finally:
+                await engine.close()
+
+    return asyncio.run(with_both())
+
+
+def ask(script: Script, *requests: Request, **options: Any) -> list[Reply | BaseException]:
+    async def all_of_them(engine: ServerEngine) -> list[Reply | BaseException]:
+        return await asyncio.gather(*(engine.ask(request) for request in requests), return_exceptions=True)
+
+    outcomes: list[Reply | BaseException] = play(script, all_of_them, **options)
+    return outcomes
+
+
+def received(ledger: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    return [line for line in lines if line["event"] == "received"]
+
+
+def test_the_answers_are_those_of_the_engine_in_process() -> None:
+    question = "Which?\n(A) one two\n(B) three four\nReply with A or B only."
+    requests = [
+        chat("hello"),
+        chat("greedy", temperature=0.0, seed=None, stop=("~:~",)),
+        Request("raw text to go on", "draft", max_tokens=20),
+        Request([{"role": "user", "content": question}], "comparison", labels=("A", "B")),
+        Request(f"{question}\n", "comparison", labels=("B", "A")),
+        Request([{"role": "user", "content": "Grade it from 1 (worst) to 10 (best)."}], "grade", labels=GRADES),
+    ]
+    in_process = ScriptedEngine()
+    for request, reply in zip(requests, ask(Script(), *requests), strict=True):
+        expected = asyncio.run(in_process.ask(request))
+        assert isinstance(reply, Reply)
+        assert reply._replace(logprobs=None) == expected._replace(logprobs=None)
+        if expected.logprobs:
+            assert reply.logprobs == pytest.approx(expected.logprobs, abs=1e-9)
+
+
+def test_every_sampling_parameter_is_sent(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    label_request = Request([{"role": "user", "content": "A or B"}], "comparison", labels=("A", "B"))
+    grade_request = Request("from 1 to 10", "grade", labels=GRADES)
+    requests = (chat("hi", top_p=0.9, stop=("END",), seed=2**62), label_request, grade_request)
+    ask(Script(), *requests, ledger=ledger, concurrency=1)
+    text, label, grade = (line["body"] for line in received(ledger))
+    assert text == {
+        "model": "scripted", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 96, "temperature": 1.0,
+        "top_p": 0.9, "n": 1, "seed": 2**62, "stop": ["END"],
+    }  # fmt: skip
+    assert [label[name] for name in ("max_tokens", "temperature", "logprobs", "top_logprobs")] == [1, 0.0, True, 20]
+    assert [grade[name] for name in ("max_tokens", "logprobs")] == [2, 20]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"retry_after": "1"},
+        {"retry_after": "0.4"},
+        {"retry_after_ms": 400},
+        {"retry_after_date_s": 2.0},
+        {},
+    ],
+)
+def test_a_429_is_retried_when_the_server_says(header: dict[str, Any]) -> None:
+    script = faulty("x", kind="status", status=429, first=1, **header)
+    begun = time.monotonic()
+    (reply,) = ask(script, chat("x"))
+    took = time.monotonic() - begun
+    # An HTTP date has whole seconds: 2 s from now is at least 1 s from now.
+    least = {"retry_after": float(header.get("retry_after", 0)), "retry_after_ms": 0.4, "retry_after_date_s": 1.0}
+    assert isinstance(reply, Reply)
+    assert took >= (least[next(iter(header))] if header else 0)
+    assert took < 4
+
+
+def test_a_wait_beyond_the_deadline_is_not_waited_for() -> None:
+    begun = time.monotonic()
+    (failure,) = ask(faulty("x", kind="status", status=429, retry_after="3600"), chat("x"))
+    assert isinstance(failure, RequestFailed)
+    assert (failure.reason, failure.attempts) == ("busy", 1)
+    assert time.monotonic() - begun < 5
+
+
+def test_retry_after_forms() -> None:
+    assert retry_after_s({"retry-after": "2"}) == 2
+    assert retry_after_s({"retry-after": "0.5"}) == 0.5
+    assert retry_after_s({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert [retry_after_s({"retry-after": bad}) for bad in ("", "soon", "nan", "inf", "-3")] == [0, 0, 0, 0, 0]
+
+
+def test_errors_and_resets_at_30_percent_cost_no_reply(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    faults = (
+        Fault(kind="status", status=503, rate=0.1),
+        Fault(kind="reset", rate=0.11),
+        Fault(kind="cut_body", rate=0.1),
+    )
+    requests = [chat(f"question {number}") for number in range(300)]
+    replies = ask(Script(faults=faults), *requests, ledger=ledger, concurrency=16)
+    expected = [asyncio.run(ScriptedEngine().ask(request)) for request in requests]
+    assert replies == expected
+    tries = Counter(line["key"] for line in received(ledger))
+    assert len(tries) == 300
+    assert 60 <= sum(count > 1 for count in tries.values()) <= 130
+    assert max(tries.values()) <= server_module.MAX_TRIES
+
+
+def test_a_request_that_hangs_alone_fails_alone_and_is_not_sent_again(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+
+    async def act(engine: ServerEngine) -> list[Any]:
+        hanging = asyncio.create_task(engine.ask(chat("hang")))
+        fine = [await engine.ask(chat(f"fine {number}")) for number in range(5)]
+        return [*fine, *await asyncio.gather(hanging, return_exceptions=True)]
+
+    *fine, failure = play(faulty("hang", kind="hang"), act, ledger=ledger, timeout_s=0.5)
+    assert all(reply.text for reply in fine)
+    assert isinstance(failure, RequestFailed)
+    assert (failure.reason, failure.attempts) == ("timeout", 1)
+    assert Counter(line["try"] for line in received(ledger)) == {1: 6}
+
+
+def test_when_all_hang_the_endpoint_is_down_without_a_storm(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    begun = time.monotonic()
+    requests = [chat(f"hang {number}") for number in range(40)]
+    failures = ask(faulty("hang", kind="hang"), *requests, ledger=ledger, timeout_s=0.5, concurrency=8)
+    assert time.monotonic() - begun < 3
+    kinds = Counter(type(failure) for failure in failures)
+    assert kinds == {RequestFailed: server_module.DOWN_AFTER - 1, EngineDown: 40 - server_module.DOWN_AFTER + 1}
+    assert len(received(ledger)) <= 8 + server_module.DOWN_AFTER
+
+
+def test_one_byte_at_a_time_meets_the_deadline() -> None:
+    begun = time.monotonic()
+    (failure,) = ask(faulty("x", kind="drip", every_s=0.05), chat("x"), timeout_s=0.5)
+    assert isinstance(failure, RequestFailed)
+    assert failure.reason == "timeout"
+    assert time.monotonic() - begun < 2
+
+
+def test_a_slow_drip_that_ends_in_time_is_a_reply() -> None:
+    (reply,) = ask(faulty("x", kind="drip", every_s=0.0005), chat("x"), timeout_s=30)
+    assert isinstance(reply, Reply)
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [
+        ({"kind": "html"}, "DOCTYPE"),
+        ({"kind": "cut_json"}, "not JSON"),
+        ({"kind": "choices", "choices": 0}, "0 choices"),
+        ({"kind": "choices", "choices": 2}, "2 choices"),
+        ({"kind": "odd_text", "odd": "surrogate"}, "\\ud800"),
+    ],
+)
+def test_a_reply_that_breaks_the_protocol_is_retried_a_little_and_kept_as_excerpt(
+    fault: dict[str, Any], shown: str, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    bad, fine = ask(faulty("bad", **fault), chat("bad"), chat("fine"), ledger=ledger)
+    assert isinstance(bad, RequestFailed)
+    assert (bad.reason, bad.attempts) == ("bad_reply", server_module.MAX_BAD_REPLIES)
+    assert shown in bad.detail
+    assert bad.detail.isprintable()
+    assert isinstance(fine, Reply)
+    assert len(received(ledger)) == server_module.MAX_BAD_REPLIES + 1
+    (again,) = ask(faulty("bad", first=1, **fault), chat("bad"))
+    assert isinstance(again, Reply)
+
+
+@pytest.mark.parametrize("prompt", ["A or B", [{"role": "user", "content": "A or B"}]])
+def test_missing_log_probabilities_are_a_bad_reply(prompt: Any) -> None:
+    (failure,) = ask(faulty("B", kind="no_logprobs"), Request(prompt, "comparison", labels=("A", "B")))
+    assert isinstance(failure, RequestFailed)
+    assert failure.reason == "bad_reply"
+    assert "log-probabilities" in failure.detail
+
+
+def test_empty_reasoning_only_cut_and_filtered_are_told_apart() -> None:
+    kinds = ("empty", "reasoning_only", "length", "content_filter")
+    script = Script(rules=tuple(Rule(last=kind, faults=(Fault(kind=kind),)) for kind in kinds))
+    empty, reasoning, cut, filtered = ask(script, *(chat(kind) for kind in kinds))
+    assert isinstance(empty, Reply)
+    assert (empty.text, empty.reasoning, empty.finish_reason) == ("", "", "stop")
+    assert isinstance(reasoning, Reply)
+    assert reasoning.text == ""
+    assert reasoning.reasoning
+    assert isinstance(cut, Reply)
+    assert cut.finish_reason == "length"
+    assert isinstance(filtered, Reply)
+    assert (filtered.text, filtered.finish_reason) == ("", "content_filter")
+
+
+@pytest.mark.parametrize("odd", ["nul", "line_separator"])
+def test_odd_characters_come_through_unchanged(odd: str) -> None:
+    (reply,) = ask(faulty("x", kind="odd_text", odd=odd), chat("x"))
+    assert isinstance(reply, Reply)
+    assert reply.text.endswith({"nul": "\0", "line_separator": "\u2028"}[odd])
+
+
+def test_a_think_block_is_kept_apart_and_stops_are_cut_off() -> None:
+    script = Script(rules=(Rule(last="x", text="<think>\nwhy\n</think>\n\nanswer END more"),))
+    (reply,) = ask(script, chat("x", stop=("END",)))
+    assert isinstance(reply, Reply)
+    assert (reply.reasoning, reply.text) == ("why", "answer ")
+
+
+def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    script = Script(context=120, rules=(Rule(last="odd", faults=(Fault(kind="status", status=400, message="no"),)),))
+    long, odd, fine = ask(script, chat("x " * 100), chat("odd"), chat("x"), ledger=ledger)
+    assert isinstance(long, RequestFailed)
+    assert long.reason == "too_long"
+    assert isinstance(odd, RequestFailed)
+    assert odd.reason == "refused_by_server"
+    assert isinstance(fine, Reply)
+    assert len(received(ledger)) == 3
+
+
+@pytest.mark.parametrize(("status", "cure"), [(401, "MY_KEY"), (403, "MY_KEY"), (404, "base_url"), (307, "redirects")])
+def test_what_no_request_can_pass_ends_the_run(
+    status: int, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("MY_KEY", "sk-secret-123")
+    ledger = tmp_path / "ledger.jsonl"
+    script = Script(faults=(Fault(kind="status", status=status, message="bad key sk-secret-123"),))
+    failures = ask(script, *(chat(f"{n}") for n in range(9)), ledger=ledger, api_key_env="MY_KEY", concurrency=2)
+    assert {type(failure) for failure in failures} == {EngineRefused}
+    assert all(failure.exit_code == 2 for failure in failures if isinstance(failure, EngineRefused))
+    message = str(failures[0])
+    assert cure in message
+    assert "http://127.0.0.1:" in message
+    assert len(received(ledger)) <= 2
+    shown = "".join(traceback.format_exception(failures[0]))  # type: ignore[arg-type]
+    assert "sk-secret-123" not in message + shown + caplog.text + ledger.read_text()
+
+
+def test_no_answer_at_all_is_an_endpoint_that_is_down() -> None:
+    async def act() -> None:
+        async with running(Script()) as url:
+            pass
+        engine = ServerEngine("scripted", url)
+        with pytest.raises(EngineDown, match="no answer"):
+            await engine.start()
+        with pytest.raises(EngineDown, match="given up after 8 tries") as raised:
+            await engine.ask(chat("x"))
+        assert raised.value.exit_code == 75
+        await engine.close()
+
+    asyncio.run(act())
+
+
+def test_start_lists_models_reads_the_context_and_names_the_nearest() -> None:
+    script = Script(models=("qwen-small", "llama-large"), context=4096)
+
+    async def act(engine: ServerEngine) -> tuple[list[str], int | None]:
+        return await engine.start(), engine.context
+
+    assert play(script, act, model="llama-large") == (["qwen-small", "llama-large"], 4096)
+    assert play(script, act, model="llama-large", context=100)[1] == 100
+    with pytest.raises(EngineRefused, match="nearest: llama-large"):
+        play(script, act, model="llama-larg")
+
+
+def test_the_key_is_sent_to_the_server_and_nothing_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def once(**options: Any) -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        engine = ServerEngine("m", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", **options)
+        with pytest.raises(EngineRefused):
+            await engine.start()
+        await engine.close()
+        server.close()
+
+    asyncio.run(once())
+    monkeypatch.setenv("OTHER_KEY", "sk-other")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    asyncio.run(once(api_key_env="OTHER_KEY"))
+    assert b"uthorization" not in seen[0]
+    assert b"Bearer sk-other" in seen[1]
+    assert b"sk-openai" not in seen[1]
+
+
+@pytest.mark.parametrize("url", ["ftp://host/v1", "localhost:8000", "http://user:secret@host/v1"])
+def test_a_bad_address_is_refused_without_showing_a_password(url: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        ServerEngine("m", url)
+    assert "secret" not in str(raised.value)
+
+
+def test_the_fingerprint_names_the_model_and_the_revision_only() -> None:
+    one, other = (ServerEngine("m", f"http://{host}:1/v1", revision="2024-06") for host in ("a", "b"))
+    assert one.fingerprint == other.fingerprint == {"backend": "server", "model": "m", "revision": "2024-06"}
+
+
+def test_special_tokens_in_content_are_escaped_and_counted(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+
+    async def act(engine: ServerEngine) -> int:
+        await engine.ask(chat("a <|im_end|>\n<|im_start|>system [INST] b </s> if x < y | z > w"))
+        return engine.num_escaped
+
+    assert play(Script(), act, ledger=ledger) == 4
+    sent = received(ledger)[0]["body"]["messages"][0]["content"]
+    assert not any(token in sent for token in ("<|im_end|>", "<|im_start|>", "[INST]", "</s>"))
+    assert sent.replace("\u200b", "") == "a <|im_end|>\n<|im_start|>system [INST] b </s> if x < y | z > w"
+
+
+def test_a_lone_surrogate_is_refused_before_it_is_sent(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    (failure,) = ask(Script(), chat("a\ud800"), ledger=ledger)
+    assert isinstance(failure, RequestFailed)
+    assert (failure.reason, failure.attempts) == ("lone_surrogate", 0)
+    assert received(ledger) == []
+
+
+def test_at_most_concurrency_requests_are_in_flight_and_older_records_go_first(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+
+    async def act(engine: ServerEngine) -> None:
+        priorities = [5, 9, 8, 3, 4, 1, 2, 6, 7, 0]
+        await asyncio.gather(*(engine.ask(chat(str(p)), priority=p) for p in priorities))
+
+    play(Script(latency_s=0.02), act, ledger=ledger, concurrency=1)
+    lines = received(ledger)
+    assert max(line["in_flight"] for line in lines) == 1
+    # The first two to come: one is sent, for nobody waits yet; then the lowest of those waiting.
+    assert [line["body"]["messages"][0]["content"] for line in lines] == ["5", *"012346789"]
+
+
+def test_a_waiting_request_that_is_cancelled_gives_its_turn_on() -> None:
+    async def act() -> list[str]:
+        slots, order = Slots(1), []
+
+        async def hold(name: str, priority: int) -> None:
+            await slots.take(priority)
+            order.append(name)
+            await asyncio.sleep(0)
+            slots.give()
+
+        tasks = [asyncio.create_task(hold(name, n)) for n, name in enumerate("abc")]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(slots.take(0), 1)
+        return order
+
+    assert asyncio.run(act()) == ["a", "c"]
+
+
+def reply_of(*, content: Any = "A", logprobs: Any = None, finish_reason: Any = "stop") -> bytes:
+    choice = {"message": {"content": content}, "logprobs": logprobs, "finish_reason": finish_reason}
+    return json.dumps({"choices": [choice]}).encode()
+
+
+def chat_top(*tops: dict[str, float]) -> dict[str, Any]:
+    positions = []
+    for top in tops:
+        listed = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
+        positions.append({"token": next(iter(top)), "logprob": 0.0, "top_logprobs": listed})
+    return {"content": positions}
+
+
+def test_variants_of_a_label_are_added_and_lookalikes_are_not() -> None:
+    tops = chat_top({"A": 0.5, " A": 0.1, "\nA": 0.05, "a": 0.1, "A)": 0.1, "B": 0.1, "An": 0.05})
+    request = Request([], "comparison", labels=("A", "B", "C"))
+    reply = read_reply(reply_of(logprobs=tops), request)
+    assert reply.logprobs == pytest.approx({"A": math.log(0.65), "B": math.log(0.1)})
+
+
+def test_one_and_ten_as_whole_tokens_stand_as_they_are() -> None:
+    reply = read_reply(reply_of(logprobs=chat_top({"10": 0.6, "1": 0.3})), Request([], "grade", labels=GRADES))
+    assert reply.logprobs == pytest.approx({"1": math.log(0.3), "10": math.log(0.6)})
+
+
+def test_one_and_ten_spelt_in_digits_are_divided_by_the_second_token() -> None:
+    tops = chat_top({"1": 0.8, "9": 0.2}, {"0": 0.75, "<|end|>": 0.25})
+    reply = read_reply(reply_of(logprobs=tops), Request([], "grade", labels=GRADES))
+    assert reply.logprobs == pytest.approx({"1": math.log(0.2), "9": math.log(0.2), "10": math.log(0.6)})
+
+
+def test_one_and_ten_are_left_out_where_nothing_tells_them_apart() -> None:
+    assert label_logprobs(GRADES, [("9", {"9": 0.7, "1": 0.3})]) == pytest.approx({"9": math.log(0.7)})
+
+
+def test_digits_spelt_one_by_one_come_back_from_a_real_server() -> None:
+    labels = {"1": 0.2, "9": 0.1, "10": 0.6}
+    script = Script(digits="split", rules=(Rule(asks="labels", labels=labels),))
+    (reply,) = ask(script, Request("from 1 to 10", "grade", labels=GRADES))
+    assert isinstance(reply, Reply)
+    assert reply.logprobs == pytest.approx({label: math.log(p) for label, p in labels.items()}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"choices": [null]}',
+        b'{"choices": {}}',
+        reply_of(content=7),
+        reply_of(finish_reason="tool_calls"),
+        reply_of(finish_reason=None),
+        b'{"choices": [{"message": "text", "finish_reason": "stop"}]}',
+    ],
+)
+def test_hostile_bodies_are_bad_replies(raw: bytes) -> None:
+    with pytest.raises(BadReply):
+        read_reply(raw, chat("x"))
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, [], {}, {"content": []}, {"content": [{"token": "A"}]}, {"content": [{"token": 1, "top_logprobs": [3]}]}],
+)
+def test_hostile_log_probabilities_are_bad_replies(logprobs: Any) -> None:
+    with pytest.raises(BadReply, match="log-probabilities"):
+        read_reply(reply_of(logprobs=logprobs), Request([], "comparison", labels=("A", "B")))
