@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from constitution.yamlfile import ConstitutionError
-from pipeline.errors import CaiError
+from pipeline.errors import CaiError, StoppedError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +101,16 @@ def command(name: str, **attributes: Any) -> Callable[[F], click.Command]:
         return wrapper
 
     return decorate
+
+
+def stop_on_signals() -> None:
+    """From here on SIGTERM, SIGUSR1 and Ctrl-C raise StoppedError (75); every file is whole or absent at any moment."""
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedError("stopped on request; the same command goes on from here")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def run_option(*, required: bool = True) -> Callable[[F], F]:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.cli.common import Console, command, model_flags, model_options, run_option, settings_options
+from pipeline.cli.common import (
+    Console,
+    command,
+    model_flags,
+    model_options,
+    run_option,
+    settings_options,
+    stop_on_signals,
+)
 from pipeline.estimate import REPLY_SHARE
 
 if TYPE_CHECKING:
@@ -131,6 +139,7 @@ def _run_stages(
     if dry_run:
         _dry_run(console, run, settings, names, limit)
         return
+    stop_on_signals()
     is_first = bool(prompts) or "generate" in names
     RunFolder(run, create=is_first)
     with locked(run):
@@ -143,6 +152,7 @@ def _run_stages(
         try:
             asyncio.run(recipe.run_chain(chain, max_time=settings.run.max_time, watch=progress.watcher(console)))
         finally:
+            stop_on_signals()
             progress.show_counts(console, job, names)
         progress.show_satisfied(console, job, names)
         if export:
