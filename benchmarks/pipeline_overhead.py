@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline_overhead.py [--records N] [--replies N] [--keep DIR]
 
-Every record asks `--replies` times, one after the other, with prompts of 1 KB and replies of 192 characters; no tokenizer,
+Every record asks `--replies` times in turn, with prompts of 1 KB and replies of 192 characters; no tokenizer and
 no model. Prints the process's CPU time per request, the memory at every tenth of the way, and how long a second start
 of the finished run and of a run killed near its end takes.
 """
