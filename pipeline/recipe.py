@@ -111,13 +111,13 @@ class Engines:
         self._open: dict[str, Engine] = {}
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
-        default = MAX_TOKENS
-        if settings.model == "nano":
-            settings = settings.model_copy(update={"model": str(nano.path())})
-            default = NANO_MAX_TOKENS
+        """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
+        is_nano = settings.model == "nano"
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
-            self._open[key] = open_engine(settings)
+            found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
+            self._open[key] = open_engine(found, name="nano" if is_nano else None)
+        default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
         return Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
 
     @property

@@ -9,8 +9,11 @@ from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused
 
 
-def open_engine(settings: EngineSettings) -> Engine:
-    """Loads the model or reaches for the server. EngineRefused if that cannot work, with what to do."""
+def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
+    """Loads the model or reaches for the server. EngineRefused if that cannot work, with what to do.
+
+    name: what records call a model that is loaded from a folder; the folder's name if not given.
+    """
     backend = resolve_backend(settings)
     if backend == "scripted":
         from pipeline.engines.scripted import ScriptedEngine
@@ -46,6 +49,7 @@ def open_engine(settings: EngineSettings) -> Engine:
         context=settings.context,
         concurrency=settings.concurrency,
         deterministic=settings.deterministic,
+        name=name,
     )
 
 
