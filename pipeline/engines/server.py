@@ -125,6 +125,7 @@ class ServerEngine:
         limits = http.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         is_local = urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
         timeout = http.Timeout(None, connect=CONNECT_S)
+        tls = http.create_ssl_context()
         self._clients = [
             openai.AsyncOpenAI(
                 base_url=base_url,
@@ -132,7 +133,7 @@ class ServerEngine:
                 max_retries=0,
                 timeout=timeout,
                 http_client=openai.DefaultAsyncHttpxClient(
-                    limits=limits, timeout=timeout, follow_redirects=False, trust_env=not is_local
+                    verify=tls, limits=limits, timeout=timeout, follow_redirects=False, trust_env=not is_local
                 ),
             )
             for _ in range(-(-self.concurrency // POOL_CONNECTIONS))

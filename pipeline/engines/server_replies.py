@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from pipeline.engines.base import Reply, Request, Usage
+from pipeline.lm.templates import split_reasoning
 
 EXCERPT_CHARS = 200
 _FINISH_REASONS = ("stop", "length", "content_filter")
@@ -109,18 +110,9 @@ def _text(choice: dict[str, Any]) -> tuple[str, str]:
         near = (text + reasoning)[max(0, error.start - 50) :]
         raise BadReply(f"a lone surrogate in the text: {excerpt(near)}") from error
     if not reasoning:
-        text, reasoning = split_reasoning(text)
+        # A template may open the block in the prompt, so that the text holds only its end.
+        reasoning, text = split_reasoning(text, opened="</think>" in text)
     return text, reasoning
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Text and reasoning block; chat templates may open the block in the prompt, so that the text has only its end."""
-    before, end, after = text.partition("</think>")
-    if end:
-        return after.lstrip(), before.strip().removeprefix("<think>").strip()
-    if text.lstrip().startswith("<think>"):
-        return "", text.strip().removeprefix("<think>").strip()
-    return text, ""
 
 
 Position = tuple[str, dict[str, float]]

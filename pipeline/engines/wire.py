@@ -15,8 +15,10 @@ from pipeline.errors import RequestFailed
 TOP_LOGPROBS = 20
 Body = dict[str, Any]
 
+# What tokenizers commonly hold as special tokens. Mark-up such as <div> is left alone.
 _CONTROL = re.compile(
-    r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|start_of_turn|end_of_turn)>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS)\])"
+    r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|think|tool_call|tool_response)>"
+    r"|</?SYS>>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])"
 )
 
 

@@ -21,7 +21,6 @@ from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.scripted_answers import Fault, Rule, Script
 from pipeline.engines.scripted_server import running
 from pipeline.engines.server import ServerEngine, Slots
-from pipeline.engines.server_replies import BadReply, label_logprobs, read_reply, retry_after_s
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 
 GRADES = (*"123456789", "10")
@@ -95,21 +94,6 @@ def test_the_answers_are_those_of_the_engine_in_process() -> None:
             assert reply.logprobs == pytest.approx(expected.logprobs, abs=1e-9)
 
 
-def test_every_sampling_parameter_is_sent(tmp_path: Path) -> None:
-    ledger = tmp_path / "ledger.jsonl"
-    label_request = Request([{"role": "user", "content": "A or B"}], "comparison", labels=("A", "B"))
-    grade_request = Request("from 1 to 10", "grade", labels=GRADES)
-    requests = (chat("hi", top_p=0.9, stop=("END",), seed=2**62), label_request, grade_request)
-    ask(Script(), *requests, ledger=ledger, concurrency=1)
-    text, label, grade = (line["body"] for line in received(ledger))
-    assert text == {
-        "model": "scripted", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 96, "temperature": 1.0,
-        "top_p": 0.9, "n": 1, "seed": 2**62, "stop": ["END"],
-    }  # fmt: skip
-    assert [label[name] for name in ("max_tokens", "temperature", "logprobs", "top_logprobs")] == [1, 0.0, True, 20]
-    assert [grade[name] for name in ("max_tokens", "logprobs")] == [2, 20]
-
-
 @pytest.mark.parametrize(
     "header",
     [
@@ -138,14 +122,6 @@ def test_a_wait_beyond_the_deadline_is_not_waited_for() -> None:
     assert isinstance(failure, RequestFailed)
     assert (failure.reason, failure.attempts) == ("busy", 1)
     assert time.monotonic() - begun < 5
-
-
-def test_retry_after_forms() -> None:
-    assert retry_after_s({"retry-after": "2"}) == 2
-    assert retry_after_s({"retry-after": "0.5"}) == 0.5
-    assert retry_after_s({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
-    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-    assert [retry_after_s({"retry-after": bad}) for bad in ("", "soon", "nan", "inf", "-3")] == [0, 0, 0, 0, 0]
 
 
 def test_errors_and_resets_at_30_percent_cost_no_reply(tmp_path: Path) -> None:
@@ -362,19 +338,6 @@ def test_the_fingerprint_names_the_model_and_the_revision_only() -> None:
     assert one.fingerprint == other.fingerprint == {"backend": "server", "model": "m", "revision": "2024-06"}
 
 
-def test_special_tokens_in_content_are_escaped_and_counted(tmp_path: Path) -> None:
-    ledger = tmp_path / "ledger.jsonl"
-
-    async def act(engine: ServerEngine) -> int:
-        await engine.ask(chat("a <|im_end|>\n<|im_start|>system [INST] b </s> if x < y | z > w"))
-        return engine.num_escaped
-
-    assert play(Script(), act, ledger=ledger) == 4
-    sent = received(ledger)[0]["body"]["messages"][0]["content"]
-    assert not any(token in sent for token in ("<|im_end|>", "<|im_start|>", "[INST]", "</s>"))
-    assert sent.replace("\u200b", "") == "a <|im_end|>\n<|im_start|>system [INST] b </s> if x < y | z > w"
-
-
 def test_a_lone_surrogate_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     (failure,) = ask(Script(), chat("a\ud800"), ledger=ledger)
@@ -417,73 +380,9 @@ def test_a_waiting_request_that_is_cancelled_gives_its_turn_on() -> None:
     assert asyncio.run(act()) == ["a", "c"]
 
 
-def reply_of(*, content: Any = "A", logprobs: Any = None, finish_reason: Any = "stop") -> bytes:
-    choice = {"message": {"content": content}, "logprobs": logprobs, "finish_reason": finish_reason}
-    return json.dumps({"choices": [choice]}).encode()
-
-
-def chat_top(*tops: dict[str, float]) -> dict[str, Any]:
-    positions = []
-    for top in tops:
-        listed = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
-        positions.append({"token": next(iter(top)), "logprob": 0.0, "top_logprobs": listed})
-    return {"content": positions}
-
-
-def test_variants_of_a_label_are_added_and_lookalikes_are_not() -> None:
-    tops = chat_top({"A": 0.5, " A": 0.1, "\nA": 0.05, "a": 0.1, "A)": 0.1, "B": 0.1, "An": 0.05})
-    request = Request([], "comparison", labels=("A", "B", "C"))
-    reply = read_reply(reply_of(logprobs=tops), request)
-    assert reply.logprobs == pytest.approx({"A": math.log(0.65), "B": math.log(0.1)})
-
-
-def test_one_and_ten_as_whole_tokens_stand_as_they_are() -> None:
-    reply = read_reply(reply_of(logprobs=chat_top({"10": 0.6, "1": 0.3})), Request([], "grade", labels=GRADES))
-    assert reply.logprobs == pytest.approx({"1": math.log(0.3), "10": math.log(0.6)})
-
-
-def test_one_and_ten_spelt_in_digits_are_divided_by_the_second_token() -> None:
-    tops = chat_top({"1": 0.8, "9": 0.2}, {"0": 0.75, "<|end|>": 0.25})
-    reply = read_reply(reply_of(logprobs=tops), Request([], "grade", labels=GRADES))
-    assert reply.logprobs == pytest.approx({"1": math.log(0.2), "9": math.log(0.2), "10": math.log(0.6)})
-
-
-def test_one_and_ten_are_left_out_where_nothing_tells_them_apart() -> None:
-    assert label_logprobs(GRADES, [("9", {"9": 0.7, "1": 0.3})]) == pytest.approx({"9": math.log(0.7)})
-
-
 def test_digits_spelt_one_by_one_come_back_from_a_real_server() -> None:
     labels = {"1": 0.2, "9": 0.1, "10": 0.6}
     script = Script(digits="split", rules=(Rule(asks="labels", labels=labels),))
     (reply,) = ask(script, Request("from 1 to 10", "grade", labels=GRADES))
     assert isinstance(reply, Reply)
     assert reply.logprobs == pytest.approx({label: math.log(p) for label, p in labels.items()}, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"[]",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"choices": [null]}',
-        b'{"choices": {}}',
-        reply_of(content=7),
-        reply_of(finish_reason="tool_calls"),
-        reply_of(finish_reason=None),
-        b'{"choices": [{"message": "text", "finish_reason": "stop"}]}',
-    ],
-)
-def test_hostile_bodies_are_bad_replies(raw: bytes) -> None:
-    with pytest.raises(BadReply):
-        read_reply(raw, chat("x"))
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [None, [], {}, {"content": []}, {"content": [{"token": "A"}]}, {"content": [{"token": 1, "top_logprobs": [3]}]}],
-)
-def test_hostile_log_probabilities_are_bad_replies(logprobs: Any) -> None:
-    with pytest.raises(BadReply, match="log-probabilities"):
-        read_reply(reply_of(logprobs=logprobs), Request([], "comparison", labels=("A", "B")))
