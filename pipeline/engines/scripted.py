@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.scripted_answers import Answer, Fault, Script, alter, answer, content_key, load_script
-from pipeline.engines.wire import request_body
+from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, request_body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 from pipeline.records import canonical
 
@@ -70,13 +70,13 @@ async def _suffer(said: Answer, fault: Fault) -> Answer:
         await asyncio.Event().wait()
     if fault.kind == "drip":
         raise RequestFailed("timeout", "scripted fault: one byte at a time")
-    if fault.kind == "reset" or (fault.kind == "status" and (fault.status >= 500 or fault.status in (408, 409, 429))):
+    if fault.kind == "reset" or (fault.kind == "status" and fault.status in RETRIED_STATUSES):
         raise EngineDown(f"scripted: {fault.kind} {fault.status if fault.kind == 'status' else ''}".rstrip())
-    if fault.kind == "status" and fault.status in (401, 403, 404):
-        raise EngineRefused(f"scripted: status {fault.status}; see the script's faults")
-    if fault.kind == "status":
+    if fault.kind == "status" and fault.status in REQUEST_STATUSES:
         too_long = fault.code == "context_length_exceeded"
-        raise RequestFailed("too_long" if too_long else "refused_by_server", fault.message)
+        raise RequestFailed("too_long" if too_long else REQUEST_STATUSES[fault.status], fault.message)
+    if fault.kind == "status":
+        raise EngineRefused(f"scripted: status {fault.status}; see the script's faults")
     if fault.kind in ("html", "cut_json", "cut_body", "choices") or (
         fault.kind == "no_logprobs" and said.logprobs is not None
     ):

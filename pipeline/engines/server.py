@@ -23,7 +23,7 @@ import tenacity
 
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.server_replies import BadReply, excerpt, is_too_long, read_reply, retry_after_s
-from pipeline.engines.wire import Body, request_body
+from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, Body, request_body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ CONNECT_S = 10.0
 POOL_CONNECTIONS = 16  # a pool looks at all its connections for every request: small pools in turn cost less
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 20.0
-_RETRIED = {408, 409, 425, 429}
-_REQUEST_ONLY = {400: "refused_by_server", 413: "too_long", 422: "refused_by_server"}
 
 
 class _TryAgain(Exception):
@@ -225,10 +223,10 @@ class ServerEngine:
         status = error.status_code
         text = self._hide_key(excerpt(error.response.text))
         said = f"{self.origin}: {status} {text}".rstrip()
-        if status in _RETRIED or status >= 500:
+        if status in RETRIED_STATUSES:
             return _TryAgain("busy" if status == 429 else "server_error", said, retry_after_s(error.response.headers))
-        if status in _REQUEST_ONLY:
-            return RequestFailed("too_long" if is_too_long(error.response.text) else _REQUEST_ONLY[status], said)
+        if status in REQUEST_STATUSES:
+            return RequestFailed("too_long" if is_too_long(error.response.text) else REQUEST_STATUSES[status], said)
         cure = "see the server's log"
         if status in (401, 403):
             cure = f"put a key for it into the environment variable {self._api_key_env}"

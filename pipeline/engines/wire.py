@@ -13,6 +13,9 @@ from pipeline.engines.base import Request
 from pipeline.errors import RequestFailed
 
 TOP_LOGPROBS = 20
+RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
+REQUEST_STATUSES = {400: "refused_by_server", 413: "too_long", 422: "refused_by_server"}
+"""Statuses that concern one request only, and the reason they give; every other refusal concerns the whole run."""
 Body = dict[str, Any]
 
 # What tokenizers commonly hold as special tokens. Mark-up such as <div> is left alone.

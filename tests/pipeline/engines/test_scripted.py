@@ -193,6 +193,13 @@ def test_a_bad_script_is_refused_with_its_place(tmp_path: Path, content: str, pl
     assert "\n" not in str(raised.value)
 
 
+def test_the_example_in_the_documentation_is_a_script(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "scripted.md").read_text()
+    (tmp_path / "example.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    script = load_script(tmp_path / "example.yaml")
+    assert [rule.asks for rule in script.rules] == ["text", "labels"]
+
+
 class Server:
     """The real server process, as an outsider starts it."""
 
