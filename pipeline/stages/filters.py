@@ -15,7 +15,7 @@ _ROLE_NAMES = (
     "Human|HUMAN|User|USER|Assistant|ASSISTANT|AI Assistant|Usuario|Asistente|Utilisateur|Benutzer|Assistent"
     "|Пользователь|Ассистент|用户|用戶|人类|人類|助手|ユーザー|アシスタント|사용자|어시스턴트|ผู้ใช้|ผู้ช่วย"
 )
-_ROLE_TURN = re.compile(rf"^[ \t>#*_\[]*(?:{_ROLE_NAMES})[\]*_]*[ \t]?[::]", re.MULTILINE)
+_ROLE_TURN = re.compile(rf"^[ \t>#*_\[]*(?:{_ROLE_NAMES})[\]*_]*[ \t]?[:\uff1a]", re.MULTILINE)
 _CHAT_MARKER = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|user|assistant|system|endoftext)\|>"
     r"|\[/?INST\]|<(?:start|end)_of_turn>|<</?SYS>>"
@@ -28,22 +28,22 @@ _VERSION = rf"version(?:[ ]of[ ](?:the|my|this|that)(?:[ ]\w+){{0,2}}[ ]{_ANSWER
 _META_PREFIX = re.compile(
     rf"""[\s*_#"']*
     (?:(?:sure|certainly|of[ ]course|absolutely|okay|ok|yes|understood|thank[ ]you|thanks|apologies|i[ ]apologize)\b
-        [^\n::]{{0,60}}?[,.!:;]\s*)?
+        [^\n:\uff1a]{{0,60}}?[,.!:;]\s*)?
     (?:
-        (?:here(?:[ ]is|['’]s)|this[ ]is|below[ ]is|the[ ]following[ ]is|i(?:[ ]have|['’]ve))\b[^\n::.]{{0,30}}?
-        \b(?:{_BETTER}\b[^\n::.]{{0,20}}?[ ]{_ANSWER}|{_BETTER}[ ]{_VERSION}|revision|critique|rewrite)
-        (?:[ ](?:to|that|which|for|with|based|without)[ ][^\n::]{{0,100}}?)?
+        (?:here(?:[ ]is|['’]s)|this[ ]is|below[ ]is|the[ ]following[ ]is|i(?:[ ]have|['’]ve))\b[^\n:\uff1a.]{{0,30}}?
+        \b(?:{_BETTER}\b[^\n:\uff1a.]{{0,20}}?[ ]{_ANSWER}|{_BETTER}[ ]{_VERSION}|revision|critique|rewrite)
+        (?:[ ](?:to|that|which|for|with|based|without)[ ][^\n:\uff1a]{{0,100}}?)?
       | (?:(?:my|the|assistant['’]s)[ ])?{_EDITED}[ ](?:{_ANSWER}|{_VERSION})(?:[ ]is)?
       | (?:(?:my|the)[ ])?(?:revision|critique|rewrite)
-    )[*_"'\s]*(?:\([^\n)]{{0,40}}\))?[*_"']*\s*[::]
+    )[*_"'\s]*(?:\([^\n)]{{0,40}}\))?[*_"']*\s*[:\uff1a]
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 _META_PREFIX_ELSEWHERE = re.compile(
-    r"\s*(?:(?:好的|当然|當然|はい|もちろん)[^\n::]{0,20}?)?(?:以下|这|這|下面)?[^\n::]{0,12}?"
-    r"(?:修改后|修改後|修订后|修訂後|改写后|改寫後|改进后|改進後|修正した|改善した|書き直した)的?[^\n::]{0,12}[::]"
-    r"|\s*(?:voici|hier ist|aquí (?:está|tienes)|ecco|вот)\b[^\n::.]{0,30}?"
-    r"(?:révisée?|überarbeitete|revisada|rivista|исправленный)\b[^\n::]{0,60}[::]",
+    r"\s*(?:(?:好的|当然|當然|はい|もちろん)[^\n:\uff1a]{0,20}?)?(?:以下|这|這|下面)?[^\n:\uff1a]{0,12}?"
+    r"(?:修改后|修改後|修订后|修訂後|改写后|改寫後|改进后|改進後|修正した|改善した|書き直した)的?[^\n:\uff1a]{0,12}[:\uff1a]"
+    r"|\s*(?:voici|hier ist|aquí (?:está|tienes)|ecco|вот)\b[^\n:\uff1a.]{0,30}?"
+    r"(?:révisée?|überarbeitete|revisada|rivista|исправленный)\b[^\n:\uff1a]{0,60}[:\uff1a]",
     re.IGNORECASE,
 )
 

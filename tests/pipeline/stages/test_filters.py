@@ -37,7 +37,7 @@ def test_a_plain_answer_shows_no_fault(text: str) -> None:
         "Assistant: Here you go.",
         "**User:** and then?",
         "  Human : hello",
-        "可以。\n用户:为什么?",
+        "可以。\n用户：为什么？",
         "ได้ครับ\nผู้ใช้: ทำไม",
         "Fine.<|im_end|>\n<|im_start|>user\nMore?",
         "[INST] What now? [/INST]",
@@ -68,7 +68,7 @@ def test_the_same_words_elsewhere_are_no_role_confusion(text: str) -> None:
         "I have revised my response to be harmless: Please call.",
         "Critique: The answer is harmful.",
         "Here's a revised version of my previous answer:\nPlease call.",
-        "好的,以下是修改后的回答:请联系锁匠。",
+        "好的，以下是修改后的回答：请联系锁匠。",
         "Voici une réponse révisée : appelez un serrurier.",
     ],
 )
