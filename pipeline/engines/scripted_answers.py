@@ -263,14 +263,18 @@ def _judge(salted: str, prompt: str, labels: tuple[str, ...]) -> dict[str, float
 
 
 def _quality(text: str) -> float:
-    """A text's quality, about N(0, 1): the normalised sum of a hash of each distinct word, little moved by fences."""
+    """A text's quality, about N(0, 1): the normalised sum of a hash of each distinct word, little moved by fences.
+
+    The sum is one of integers, for the order of a set is another one in every process.
+    """
     words = set(_WORD.findall(text))
     total = sum(_word_value(word) for word in words)
-    return total / math.sqrt(len(words) / 12) if words else 0.0
+    return total / 2**32 / math.sqrt(len(words) / 12) if words else 0.0
 
 
-def _word_value(word: str) -> float:
-    return _uniform("quality", word) - 0.5
+def _word_value(word: str) -> int:
+    """A hash of the word, uniform over [-2**31, 2**31)."""
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big", signed=True)
 
 
 _DEFAULT_RULE = Rule()

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -127,6 +128,21 @@ def test_fixed_label_probabilities_come_out_and_a_zero_is_left_out() -> None:
 )
 def test_labels_are_read_off_the_question(question: str, labels: tuple[str, ...]) -> None:
     assert labels_in(question) == labels
+
+
+def test_answers_are_the_same_bits_in_every_process() -> None:
+    program = (
+        "import asyncio; from pipeline.engines.scripted import ScriptedEngine; from pipeline.engines.base import Request\n"
+        "texts = [' '.join(f'word{n * m}' for m in range(40)) for n in range(20)]\n"
+        "ask = lambda a, b: asyncio.run(ScriptedEngine().ask(Request(f'(A) {a}\\n(B) {b}', 'x', labels=('A', 'B'))))\n"
+        "print([ask(a, b).logprobs for a in texts for b in texts])\n"
+    )
+    root = Path(__file__).parents[3]
+    outputs = {
+        subprocess.check_output([sys.executable, "-c", program], cwd=root, env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in "123"
+    }
+    assert len(outputs) == 1
 
 
 def test_a_fault_for_the_first_asks_goes_away() -> None:
