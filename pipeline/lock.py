@@ -18,8 +18,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from pipeline.errors import LockedError
+from pipeline.errors import LockedError, UsageError
 from pipeline.store import io_errors, make_folder
 
 HEARTBEAT_S = 10.0
@@ -46,6 +47,32 @@ def locked(folder: Path) -> Iterator[None]:
             os.ftruncate(fd, 0)
     finally:
         os.close(fd)
+
+
+class Holder(NamedTuple):
+    """Who works on a run. silence_s: since its last sign of life."""
+
+    host: str
+    pid: int
+    silence_s: float
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who holds `folder/lock`, as far as can be told without touching it; None if nobody does."""
+    path = folder / "lock"
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; mend its permissions") from error
+    try:
+        found, silence_s = _read_holder(fd), max(0.0, time.time() - os.fstat(fd).st_mtime)
+    finally:
+        os.close(fd)
+    if not _is_alive(found, silence_s, has_flock=False):
+        return None
+    return Holder(str(found.get("host")), int(str(found.get("pid"))), silence_s)
 
 
 def _take(fd: int, path: Path) -> None:

@@ -144,13 +144,15 @@ class RunFolder:
 
     def losses(self, state: str, stage: str) -> Iterator[Line]:
         """The counted lines of `failed/STAGE.jsonl` or `filtered/STAGE.jsonl` (state says which), verified."""
-        offset = 0
-        path = self.losses_path(state, stage)
-        for part in self.parts(stage):
-            entry = part[state]
-            if entry["bytes"]:
-                yield from _verified_lines(path, entry, offset=offset)
-            offset += entry["bytes"]
+        parts = self.parts(stage)
+        for number in range(len(parts)):
+            yield from self.read_losses(state, stage, parts, number)
+
+    def read_losses(self, state: str, stage: str, parts: Sequence[Mapping[str, Any]], number: int) -> list[Line]:
+        """The lines of `losses` that part `number` of the stage counts. parts: all of the stage's."""
+        entry = parts[number][state]
+        offset = sum(part[state]["bytes"] for part in parts[:number])
+        return _verified_lines(self.losses_path(state, stage), entry, offset=offset) if entry["bytes"] else []
 
 
 def _verified_lines(path: Path, entry: Mapping[str, Any], *, offset: int | None = None) -> list[Line]:

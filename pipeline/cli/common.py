@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
+from unicodedata import category
 
 import click
 
@@ -70,8 +71,8 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: every control character but the newline and the tab is shown as its escape."""
-    return "".join(c if c in "\n\t" or (c.isprintable() or c == " ") else ascii(c)[1:-1] for c in text)
+    """Text for a terminal: what is neither a visible character nor space, newline or tab is shown as its escape."""
+    return "".join(c if c in "\n\t" or c.isprintable() or category(c) == "Zs" else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

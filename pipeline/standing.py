@@ -1,0 +1,86 @@
+"""How far a run is, from its manifests and cards alone: the same work for ten records and for a million."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline.lock import Holder, holder
+from pipeline.recipe import DATA_STAGES
+from pipeline.stages.cards import DATASETS
+from pipeline.stages.datasets_out import read_card
+from pipeline.store import RunFolder
+
+
+class StageStanding(NamedTuple):
+    """covered: prompts that the stage's parts have considered. counts: in, ok, filtered, failed and the tallies."""
+
+    parts: int
+    covered: int
+    counts: Counter[str]
+
+
+class DatasetStanding(NamedTuple):
+    version: str
+    rows: dict[str, int]
+
+
+class Standing(NamedTuple):
+    """prompts: in the run. to_do: what is left, a sentence for each step. next_command: what does it."""
+
+    prompts: int
+    stages: dict[str, StageStanding]
+    datasets: dict[str, DatasetStanding]
+    holder: Holder | None
+    to_do: list[str]
+    next_command: str
+
+
+def standing(run: RunFolder) -> Standing:
+    """Raises CorruptError for a manifest or card that does not hold what was written."""
+    stages = {name: found for name in ("prompts", *DATA_STAGES) if (found := _stage(run, name))}
+    cards = {name: read_card(run.path / "datasets" / name) for name in DATASETS}
+    datasets = {name: _dataset(card) for name, card in cards.items() if card}
+    prompts = stages["prompts"].covered if "prompts" in stages else 0
+    to_do, words = _rest(prompts, stages, datasets)
+    return Standing(prompts, stages, datasets, holder(run.path), to_do, _command(run, words))
+
+
+def _stage(run: RunFolder, name: str) -> StageStanding | None:
+    manifest = run.manifest(name)
+    if manifest is None:
+        return None
+    return StageStanding(len(manifest.parts), sum(part["prompts"] for part in manifest.parts), manifest.counts)
+
+
+def _dataset(card: dict[str, Any]) -> DatasetStanding:
+    rows = {name.removesuffix(".parquet"): entry["rows"] for name, entry in card["files"].items()}
+    return DatasetStanding(card["version"], rows)
+
+
+def _rest(
+    prompts: int, stages: dict[str, StageStanding], datasets: dict[str, DatasetStanding]
+) -> tuple[list[str], Sequence[str]]:
+    """What is left to do, and the words of the command that does it or, of a complete run, that reads it."""
+    if not prompts:
+        return ["no prompts yet"], ("run", "--prompts", "FILE", "--model", "MODEL")
+    missing = {name: prompts - (stages[name].covered if name in stages else 0) for name in DATA_STAGES}
+    # Who ranked without revising meant to; `cai run` would revise.
+    is_skipped = "critique-revise" not in stages and "rank" in stages
+    if is_skipped:
+        del missing["critique-revise"]
+        if "generate" not in stages:
+            del missing["generate"]
+    to_do = [f"{name}: {number} of {prompts} prompts" for name, number in missing.items() if number > 0]
+    exported = sum(datasets["chains"].rows.values()) if "chains" in datasets else 0
+    if to_do or exported != prompts:
+        to_do.append("export")
+    if not to_do:
+        return [], ("show",)
+    return to_do, (to_do[0].partition(":")[0],) if is_skipped or to_do == ["export"] else ("run",)
+
+
+def _command(run: RunFolder, words: Sequence[str]) -> str:
+    return shlex.join(["cai", words[0], "--run", str(run.path), *words[1:]])
