@@ -102,7 +102,8 @@ def is_repetitive(text: str) -> bool:
     emoji = len(_EMOJI.findall(flat))
     if emoji >= _FEWEST_EMOJI and emoji > _EMOJI_SHARE * len(flat):
         return True
-    return any(_repeated_share(flat[-length:]) > _REPEATED_SHARE for length in (_LONGEST_LOOK, _TAIL))
+    looks = {min(len(flat), length) for length in (_LONGEST_LOOK, _TAIL)}
+    return any(_repeated_share(flat[len(flat) - length :]) > _REPEATED_SHARE for length in looks)
 
 
 def _repeated_share(text: str) -> float:

@@ -8,7 +8,8 @@ import pytest
 from pipeline.config.settings import ExportSettings, SplitSettings
 from pipeline.errors import CorruptError, IncompleteError, UsageError
 from pipeline.stages.datasets_out import read_card, verify
-from pipeline.stages.export import ExportReport, export, split_of
+from pipeline.stages.export import ExportReport, export, export_run, split_of
+from pipeline.store import RunFolder, StageWriter
 
 SFT, PREFERENCE, TEST = (
     SplitSettings(sft=1.0, preference=0.0, test=0.0),
@@ -359,3 +360,23 @@ def test_a_line_that_belongs_to_no_prompt_is_corruption(tmp_path: Path) -> None:
             settings=settings,
             tie_band=0.05,
         )
+
+
+def test_a_run_folder_exports_what_its_stages_published(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "first", create=True)
+    whole = record()
+    chains = [{"id": "r1", "chains": [{"sample": n, "rounds": rounds} for n, rounds in enumerate(whole["chains"])]}]
+    drafts = [
+        {"sample": n, "text": text, "model": "m", "finish_reason": "stop", "num_tokens": 3}
+        for n, (text, _) in enumerate(whole["drafts"])
+    ]
+    for stage, lines in (
+        ("prompts", [whole["prompt"]]),
+        ("generate", [{"id": "r1", "completions": drafts}]),
+        ("critique-revise", chains),
+    ):
+        StageWriter(run, stage, "f").publish(0, lines, prompts=1, num_in=1)
+    export_run(run, ExportSettings(split=SFT), tie_band=0.05)
+    write(tmp_path / "directly", [whole], stages=2, split=SFT)
+    assert tree(run.path / "datasets") == tree(tmp_path / "directly")
+    assert completions(rows(run.path / "datasets", "sft")) == {"r1/revision-0-2": "a2", "r1/revision-1-2": "b2"}
