@@ -171,6 +171,13 @@ def differences(before: Settings, after: Settings) -> list[str]:
     return [f"{'.'.join(path)}: {old.get(path)} -> {new.get(path)}" for path in changed]
 
 
+def read_file(path: Path) -> Settings:
+    """The settings of one file alone."""
+    layers = Layers()
+    layers.add_file(path)
+    return layers.settings()
+
+
 def read_layers(run_config: Path | None, config: Path | None, assignments: Iterable[str], flags: Tree) -> Settings:
     """The settings of one call.
 

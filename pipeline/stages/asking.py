@@ -33,7 +33,7 @@ class Voice(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """place: what the seed of a sampled reply is made from, besides the attempt. sample: its number among its siblings."""
+    """place: what the seed of a sampled reply is made from, besides the attempt. sample: its number among siblings."""
 
     temperature: float = 0.0
     top_p: float = 1.0

@@ -112,29 +112,24 @@ async def _compare(
 ) -> tuple[list[Line], list[Failure]]:
     """A comparison line for every pair and principle; a failed request is one with status `failed`, and a failure."""
     asked = [(a, b, principle) for a, b in pairs for principle in principles]
-    judged = await together(_judge(record, ask, found[a].text, found[b].text, p, using) for a, b, p in asked)
-    lines: list[Line] = []
-    failures: list[Failure] = []
-    for (a, b, principle), verdict in zip(asked, judged, strict=True):
-        line: Line = {"a": a, "b": b, "principle": principle.id}
-        if isinstance(verdict, RequestFailed):
-            failures.append(lost(verdict, found[a].sample, found[a].round))
-            lines.append({**line, "status": "failed", "method": "", "label_mass": 0.0})
-        else:
-            lines.append({**line, **_verdict(verdict)})
-    return lines, failures
+    judged = await together(_judge(record, ask, found[a], found[b], principle, using) for a, b, principle in asked)
+    lines = [
+        {"a": a, "b": b, "principle": principle.id, **verdict}
+        for (a, b, principle), (verdict, _) in zip(asked, judged, strict=True)
+    ]
+    return lines, [failure for _, failure in judged if failure]
 
 
 async def _judge(
-    record: Record, ask: Ask, a: str, b: str, principle: Principle, using: Rank
-) -> Judgement | RequestFailed:
-    coin = hashlib.sha256(f"{using.seed}\0{record.id}\0{a}\0{b}".encode()).digest()[0]
+    record: Record, ask: Ask, a: Candidate, b: Candidate, principle: Principle, using: Rank
+) -> tuple[Line, Failure | None]:
+    coin = hashlib.sha256(f"{using.seed}\0{record.id}\0{a.text}\0{b.text}".encode()).digest()[0]
+    texts, a_first = (a.text, b.text), coin % 2 == 0
     try:
-        return await compare(
-            ask, using.judge, record.messages, (a, b), principle, using.settings, a_first=coin % 2 == 0
-        )
+        judgement = await compare(ask, using.judge, record.messages, texts, principle, using.settings, a_first=a_first)
     except RequestFailed as error:
-        return error
+        return {"status": "failed", "method": "", "label_mass": 0.0}, lost(error, a.sample, a.round)
+    return _verdict(judgement), None
 
 
 def _verdict(judgement: Judgement) -> Line:
