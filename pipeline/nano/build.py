@@ -18,7 +18,9 @@ from random import Random
 from typing import Any, NamedTuple
 
 from pipeline.nano import path
+from pipeline.nano.card import write_card
 from pipeline.nano.lessons import Lesson, draw_lesson, wording_texts
+from pipeline.nano.measure import measure, table
 from pipeline.nano.vocabulary import build_tokenizer
 
 SHAPE = {
@@ -175,14 +177,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.nano.build", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=45, help="time to train (default 45)")
+    parser.add_argument("--minutes", type=float, default=45, help="time to train, before measuring (default 45)")
     options = parser.parse_args()
     tokenizer = build_tokenizer(wording_texts())
     model = new_model(tokenizer, options.seed)
     log = train(model, tokenizer, seed=options.seed, minutes=options.minutes)
     log["parameters"] = sum(p.numel() for p in model.parameters())
     save(model, tokenizer, options.out)
-    (options.out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    figures = measure(options.out)
+    log["figures"] = {name: figure._asdict() for name, figure in figures.items()}
+    (options.out / "training.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    write_card(options.out, log, figures)
+    print(table(figures))
 
 
 if __name__ == "__main__":
