@@ -21,6 +21,7 @@ import torch
 
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.errors import EngineDown, RequestFailed, ResourceError
+from pipeline.lm.check import check_decoding
 from pipeline.lm.decode import Decoder, LabelQuery, Row
 from pipeline.lm.load import load
 from pipeline.lm.templates import Chat, split_reasoning
@@ -63,6 +64,7 @@ class TransformersEngine:
     ) -> None:
         loaded = load(model, revision=revision, dtype=dtype, device=device)
         self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+        check_decoding(loaded.model)
         self.concurrency = concurrency
         self.context = _context(loaded.model, context)
         self.chat = Chat(loaded.tokenizer, eos=_ends(loaded.model))

@@ -88,8 +88,12 @@ class LabelQuery:
 Job = Row | LabelQuery
 
 
+def _nodes(job: Job) -> tuple[int, ...]:
+    return job.tree.tokens if isinstance(job, LabelQuery) else ()
+
+
 def _to_run(job: Job) -> list[int]:
-    return job.prompt + list(job.tree.tokens) if isinstance(job, LabelQuery) else job.prompt
+    return [*job.prompt, *_nodes(job)]
 
 
 class Decoder:
@@ -225,22 +229,20 @@ class Decoder:
             ]
         )
         positions = torch.where(columns == trash, 0, columns)
+        if len(batch) == 1:  # one long prompt: all but its end only fills the cache
+            piece = max(256, min(self.prefill_tokens, _MASK_CELLS // reach))
+            while tokens.shape[1] > piece + len(_nodes(batch[0])):
+                seen = torch.arange(reach) <= columns[:, :piece, None]
+                self._forward(first, tokens[:, :piece], columns[:, :piece], positions[:, :piece], seen, keep=1)
+                tokens, columns, positions = tokens[:, piece:], columns[:, piece:], positions[:, piece:]
         allowed = torch.arange(reach) <= columns[..., None]
-        keep = 1
         for n, job in enumerate(batch):
             if isinstance(job, LabelQuery) and job.tree.tokens:
                 size, start = len(job.tree.tokens), len(job.prompt)
-                keep = max(keep, 1 + size)
                 positions[n, -size:] = torch.tensor(job.tree.depths) + (start - 1)
                 allowed[n, -size:, start : start + size] = job.tree.ancestors
-        piece = max(256, min(self.prefill_tokens, _MASK_CELLS // reach)) if len(batch) == 1 else width
-        while width > piece + keep:  # one long prompt: all but its end only fills the cache
-            self._forward(
-                first, tokens[:, :piece], columns[:, :piece], positions[:, :piece], allowed[:, :piece], keep=1
-            )
-            tokens, columns, positions, allowed = (part[:, piece:] for part in (tokens, columns, positions, allowed))
-            width -= piece
-        return self._forward(first, tokens, columns, positions, allowed, keep=min(keep, width))
+        keep = 1 + max(len(_nodes(job)) for job in batch)
+        return self._forward(first, tokens, columns, positions, allowed, keep=min(keep, tokens.shape[1]))
 
     @torch.inference_mode()
     def step(self) -> None:

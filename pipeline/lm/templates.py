@@ -131,7 +131,7 @@ class Chat:
             raise RequestFailed("bad_roles", f"the chat template refuses the turns [{roles}]: {error}") from error
 
     def _hide(self, texts: Sequence[str]) -> tuple[list[str], list[str], str]:
-        """Puts numbered seams for the texts of control tokens. Returns the texts, what was replaced, the seam's word."""
+        """Puts numbered seams for texts of control tokens. Returns the texts, what was replaced, the seam's word."""
         if self._normalised:
             texts = [self._normal(text) for text in texts]
         if not any(self._marker.search(text) for text in texts):

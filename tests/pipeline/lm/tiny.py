@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -70,3 +72,32 @@ def save_tiny(folder: Path, **options: Any) -> Path:
     tiny_llama(**options).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def families() -> dict[str, Callable[[], Any]]:
+    """Small random models; those with sliding windows have one that is shorter than the prompts."""
+    size: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    heads, window = {"num_key_value_heads": 2, "head_dim": 16}, {"sliding_window": 20}
+    gpt2 = {"vocab_size": 300, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512, "eos_token_id": 2}
+    qwen2 = {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2}
+    return {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **heads)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**size, **qwen2, **window)),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**size, **heads)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**size, **heads, **window)),
+        "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**size, **heads)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**size, **heads, **window)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**size, **heads, **window)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2, bos_token_id=1, pad_token_id=0)),
+        "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size)),
+    }
