@@ -225,6 +225,8 @@ async def _labels(name: str, voice: Voice, kind: str, prompt: Prompt) -> Check:
     reply = await voice.engine.ask(Request(prompt, kind, labels=labels))
     reading = read_labels(reply.logprobs, labels)
     detail = f"{labels[0]}…{labels[-1]} hold {reading.label_mass:.2f} of the probability ({reply.method})"
+    if kind == "comparison" and reading.status == "ok":
+        detail += f", B, which is the better answer, {reading.probabilities['B']:.2f} of that"
     if reading.status == "ok":
         return Check(f"{name}: {kind}", "ok", detail)
     cure = (

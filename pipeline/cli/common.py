@@ -54,7 +54,7 @@ class Console:
             click.echo(f"cai: {printable(message)}", err=True)
         self.report["exit_code"] = code
         if self.as_json:
-            click.echo(json.dumps(self.report, ensure_ascii=False))
+            click.echo(json.dumps(self.report))  # ASCII, so that no control character reaches a terminal
         return code
 
 
@@ -171,7 +171,7 @@ def run_cli(group: click.Group) -> int:
         if "--json" in sys.argv:
             console = Console(" ".join(sys.argv[1:2]), as_json=True, quiet=True)
             console.report.update(exit_code=2, error={"type": "UsageError", "message": error.format_message()})
-            click.echo(json.dumps(console.report, ensure_ascii=False))
+            click.echo(json.dumps(console.report))
         click.echo(f"cai: {error.format_message()}; see `{_help_of(error)} --help`", err=True)
         return 2
     return result if isinstance(result, int) else 0

@@ -75,9 +75,9 @@ def _status_lines(found: Standing) -> list[str]:
     default=True,
     help="Which first: the ones to look at (default), or as they came.",
 )
-@click.option("--regressed", is_flag=True, help="Only records with a revision judged worse; --verdict worse.")
 @click.option("--failed", is_flag=True, help="Only records that failed, were filtered, or lost a sample.")
 @click.option("--verdict", type=click.Choice(VERDICTS), help="Only records with a revision of that verdict.")
+@click.option("--regressed", "verdict", flag_value="worse", help="The same as --verdict worse.")
 @click.option("--principle", metavar="NAME", help="Only records that drew the principle of that id.")
 @run_option()
 @click.argument("id", required=False, default="")
@@ -89,7 +89,6 @@ def show_command(
     principle: str | None,
     verdict: str | None,
     failed: bool,
-    regressed: bool,
     worst_first: bool,
     limit: int,
 ) -> None:
@@ -107,7 +106,7 @@ def show_command(
     from pipeline.store import RunFolder
 
     folder = RunFolder(run)
-    wanted = Wanted(id, principle, "worse" if regressed else verdict, failed)
+    wanted = Wanted(id, principle, verdict, failed)
     found = select(folder, wanted, limit=limit, worst_first=worst_first)
     console.report["outputs"]["records"] = [case.plain() for case in found]
     if not found:

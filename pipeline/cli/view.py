@@ -33,7 +33,7 @@ class Page:
         styled = [(part, "") if isinstance(part, str) else part for part in parts]
         text = Text.assemble(*((printable(words), style) for words, style in styled))
         if self._console.is_terminal:
-            self._console.print(Padding(text, (0, 0, 0, indent)))
+            self._console.print(Padding(text, (0, 0, 0, indent), expand=False))
             return
         print("\n".join(" " * indent + line if line else "" for line in text.plain.split("\n")))
 
