@@ -19,7 +19,7 @@ from pipeline.store import RunFolder, StageWriter
 
 
 class Ingested(NamedTuple):
-    """One reading of the sources: lines = known + new + duplicates. known: ids that the run had before."""
+    """One reading of the sources: lines = known + new + duplicates. known: ids that the run had before it began."""
 
     lines: int
     known: int
@@ -29,9 +29,10 @@ class Ingested(NamedTuple):
 
 
 def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int | None = None) -> Ingested:
-    """Adds the prompts of the sources to the run, at most up to `limit` prompts in this reading. Returns its counts.
+    """Adds the first `limit` different prompts of the sources to the run, as far as it has not got them yet.
 
-    Sources that were read to the same end before are not read again.
+    Sources that were read to the same end before are not read again. The manifest says after which part a reading
+    began, so that one that was killed half way ends with the same counts as an undisturbed one.
     """
     specs = list(specs)
     writer = StageWriter(run, "prompts", "prompts")
@@ -39,15 +40,19 @@ def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int
     for earlier in writer.extra.get("readings", []):
         if earlier["sources"] == reading:
             return Ingested(**{name: earlier[name] for name in Ingested._fields})
+    if writer.extra.get("begun", {}).get("sources") != reading:
+        writer.extra["begun"] = {"sources": reading, "parts": len(writer.parts)}
     counts = Counts()
     with _Ids() as ids:
-        for line in run.read("prompts"):
-            ids.add(line["id"], digest([line["messages"], line.get("completions", [])]), "known")
-        rows = itertools.islice(ids.new_rows(mix(specs, counts)), limit)
-        _publish(writer, (_line(row) for row in rows), shard_size)
+        for number, part in enumerate(writer.parts):
+            state = "known" if number < writer.extra["begun"]["parts"] else "published"
+            for line in run.read_part("prompts", part):
+                ids.add(line["id"], digest([line["messages"], line.get("completions", [])]), state)
+        _publish(writer, (_line(row) for row in ids.new_rows(mix(specs, counts), limit)), shard_size)
         result = Ingested(ids.lines, ids.known, ids.new, ids.duplicates, counts.merged_turns)
     if result.lines != result.known + result.new + result.duplicates:
         raise CorruptError(f"{writer.folder}: prompts do not balance: {result}; please report it")
+    del writer.extra["begun"]
     writer.extra.setdefault("readings", []).append({"sources": reading, **result._asdict()})
     writer.write_manifest()
     return result
@@ -80,7 +85,10 @@ class _Ids:
         self._database.close()
 
     def add(self, id: str, content: str, state: str) -> tuple[str, str] | None:
-        """Notes the id; returns the content and state it had before, if any."""
+        """Notes the id with its state: known, published (by this reading, before it was killed) or seen (now).
+
+        Returns the content and state that it had before, if any.
+        """
         done = self._database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (id, content, state))
         if done.rowcount:
             return None
@@ -89,20 +97,21 @@ class _Ids:
         ).fetchone()
         return before
 
-    def new_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for row in rows:
+    def new_rows(self, rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
+        """The rows still to be published, of the first `limit` different ones."""
+        while self.known + self.new != limit and (row := next(rows, None)):
             self.lines += 1
             content = digest([row.messages, row.given])
             before = self.add(row.id, content, "seen")
             if before is None:
                 self.new += 1
                 yield row
-            elif before[0] != content:
+                continue
+            if before[0] != content:
                 raise UsageError(
                     f"{row.source}: the id {row.id!r} stands for two different prompts; give each prompt its own id"
                 )
-            elif before[1] == "known":
-                self.known += 1
-                self._database.execute("UPDATE seen SET state = 'seen' WHERE id = ?", (row.id,))
-            else:
-                self.duplicates += 1
+            self._database.execute("UPDATE seen SET state = 'seen' WHERE id = ?", (row.id,))
+            self.known += before[1] == "known"
+            self.new += before[1] == "published"
+            self.duplicates += before[1] == "seen"
