@@ -1,8 +1,8 @@
 """The only driver: a bounded window of records in flight, each through its whole chain, parts out in input order.
 
 Records are admitted oldest first, and an older record's requests go before a younger one's (depth first: a
-conversation's next turn arrives while its prefix is still in the engine's cache). Prompts are read lazily, part by part.
-Nothing new is admitted when too many finished records wait for an older one to be published.
+conversation's next turn arrives while its prefix is still in the engine's cache). Prompts are read lazily, part by
+part. Nothing new is admitted when too many finished records wait for an older one to be published.
 """
 
 from __future__ import annotations
@@ -168,10 +168,18 @@ class Driver:
 
     def _record_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
         # The first error ends the run; those that it brings about in other records tell nothing new.
-        if not task.cancelled() and self._error is None:
-            self._error = task.exception()
+        if error is not None and self._error is None:
+            self._error = error
+            if not isinstance(error, StoppedError):
+                self._cancel_all()
         self._changed.set()
+
+    def _cancel_all(self) -> None:
+        """At once, so that nothing more is asked that could not be kept."""
+        for task in self._tasks:
+            task.cancel()
 
     async def _chain(self, shard: Shard, record: Record) -> None:
         journal, segment, priority = self.journal, shard.segment, record.ordinal
@@ -221,13 +229,13 @@ class Driver:
     async def _wind_up(self) -> None:
         """Ends what is still in flight and makes the journal durable."""
         self.journal.stopping = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.journal.close()
-        for shard in self._open:
-            shard.segment.close()
+        self._cancel_all()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self.journal.close()
+        finally:
+            for shard in self._open:
+                shard.segment.close()
 
 
 def check_balance(writer: StageWriter) -> None:

@@ -63,7 +63,7 @@ class Segment:
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             # {"crc":"01234567","key":"<64 hex digits>","reply":{...}}: the CRC covers all that follows its comma.
-            if line[:8] != b'{"crc":"' or line[8:16] != b"%08x" % zlib.crc32(line[18:]):
+            if line[:18] != b'{"crc":"%08x",' % zlib.crc32(line[18:]):
                 raise CorruptError(
                     f"{self.path}:{number}: this line was changed after it was written; "
                     "delete the line and run again, its reply is then asked anew"
@@ -241,11 +241,18 @@ class Journal:
                     self._wake.set()
             await self._sync()
         except CaiError as error:
-            self._broken = error
-            for *_, future in self._queue:
-                if not future.done():
-                    future.set_exception(error)
-            self._queue.clear()
+            self._break(error)
+        except BaseException as error:
+            self._break(CaiError(f"{self.folder}: the journal's writer ended: {error!r}"))
+            raise
+
+    def _break(self, error: CaiError) -> None:
+        """Nothing can be kept any more: whoever waits for a reply, or asks for one, gets the error."""
+        self._broken = error
+        for *_, future in self._queue:
+            if not future.done():
+                future.set_exception(error)
+        self._queue.clear()
 
     def _write_queue(self, limit: int) -> None:
         batch, self._queue = self._queue[:limit], self._queue[limit:]
@@ -257,16 +264,16 @@ class Journal:
                 if not segment.dirty:
                     self._unsynced.append(segment)
                 segment.append(group)
-        except CaiError:
+            for segment, key, reply, _, future in batch:
+                segment.replies[key] = reply
+                self.asked += 1
+                if self._on_reply:
+                    self._on_reply(reply)
+                if not future.done():
+                    future.set_result(reply)
+        except BaseException:
             self._queue = batch + self._queue
             raise
-        for segment, key, reply, _, future in batch:
-            segment.replies[key] = reply
-            self.asked += 1
-            if self._on_reply:
-                self._on_reply(reply)
-            if not future.done():
-                future.set_result(reply)
         self._num_unsynced += len(batch)
 
     async def _sync(self) -> None:
@@ -275,12 +282,14 @@ class Journal:
             await asyncio.to_thread(_sync_all, segments)
 
     async def close(self) -> None:
-        """Writes and fsyncs what has come. The segments still open are the caller's."""
+        """Writes and fsyncs what has come; raises what kept it from doing so. Segments still open are the caller's."""
         if self._writer is not None:
             self._closing = True
             self._wake.set()
-            await self._writer
-            self._writer = None
+            writer, self._writer = self._writer, None
+            await writer
+        if self._broken is not None:
+            raise self._broken
 
 
 def _sync_all(segments: list[Segment]) -> None:
