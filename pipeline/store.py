@@ -210,8 +210,8 @@ class Manifest:
 class StageWriter:
     """Publishes the parts of one stage, in order, from the first that is missing or made from something else.
 
-    fingerprint: identity of everything the stage's lines depend on, besides the prompts. Parts of another fingerprint are
-    not listed any more from the first publication on; their files are replaced one by one.
+    fingerprint: identity of everything the stage's lines depend on, besides the prompts. Parts of another fingerprint
+    are not listed any more from the first publication on; their files are replaced one by one.
     """
 
     def __init__(self, run: RunFolder, stage: str, fingerprint: str) -> None:
@@ -223,6 +223,7 @@ class StageWriter:
         is_same = manifest is not None and manifest.fingerprint == fingerprint
         self.parts: list[dict[str, Any]] = list(manifest.parts) if manifest and is_same else []
         self.extra: dict[str, Any] = dict(manifest.extra) if manifest and is_same else {}
+        self._lists_others = manifest is not None and not is_same
 
     def has(self, number: int, prompts: int) -> bool:
         """Whether part `number` stands and covers `prompts` prompts; if not, it and those after it are forgotten."""
@@ -230,6 +231,7 @@ class StageWriter:
             path = self.folder / self.parts[number]["file"]
             if path.exists() and path.stat().st_size == self.parts[number]["bytes"]:
                 return True
+        self._lists_others |= len(self.parts) > number
         del self.parts[number:]
         return False
 
@@ -259,6 +261,10 @@ class StageWriter:
                 f"{len(lines)} ok, {num_filtered} filtered, {num_failed} failed"
             )
         make_folder(self.folder)
+        if self._lists_others:
+            # Before the files of those parts are replaced: a manifest whose hashes do not hold must never be seen.
+            self.write_manifest()
+            self._lists_others = False
         name = f"part-{number:05d}.jsonl"
         encoded = [line_bytes(line) for line in lines]
         data = b"".join(encoded)
