@@ -49,8 +49,6 @@ async def rank(record: Record, ask: Ask, *, using: Rank) -> Outcome:
     found = candidates(record, using.settings.candidates)
     if not found:
         return Outcome(None, (Failure(-1, -1, "rank", "no_candidates", "no draft, revision or given answer", 1),))
-    if not found:
-        return Outcome(None, (Failure(-1, -1, "rank", "no_candidates", "no draft, revision or given answer", 1),))
     principles = _principles(record, using)
     if using.settings.mode == "graded":
         return await _grade(record, ask, found, principles, using)
