@@ -1,8 +1,8 @@
 """One writer per run folder.
 
-`flock` holds the file while the process lives, so that a killed run leaves nothing to clean up on this host. On a shared
-file system where another host's flock is not seen, the holder's heartbeat (the file's modification time, every 10 s)
-speaks for it, and 60 s of silence make the lock stale.
+`flock` holds the file while the process lives, so that a killed run leaves nothing to clean up on this host. On a
+shared file system where another host's flock is not seen, the holder's heartbeat (the file's modification time, every
+10 s) speaks for it, and 60 s of silence make the lock stale.
 """
 
 from __future__ import annotations
