@@ -1,0 +1,123 @@
+"""What tests of whole runs share: the installed `cai` command, the scripted server with its ledger, a run's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CAI = Path(sys.executable).with_name("cai")
+FAULTS = Path(__file__).parent / "faults"
+PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "failed", "filtered", "datasets")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what would reach into the settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CAI_", "OPENAI_"))}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+class Command:
+    """The installed command, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, *args: str | Path, fault: str = "", log: Path | None = None, **options: Any) -> subprocess.Popen:
+        """Starts it as the leader of its own process group. fault: see tests/faults/sitecustomize.py."""
+        changes = {"PYTHONPATH": str(FAULTS), "FAULT": fault, "FAULT_LOG": str(log)} if fault else {}
+        return subprocess.Popen(
+            [CAI, *map(str, args)],
+            cwd=self.folder,
+            env=environment(**changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def __call__(self, *args: str | Path, fault: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+        """Runs it to its end; a process that hangs is killed after a minute."""
+        process = self.start(*args, fault=fault, **options)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            kill_group(process)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+        if number == signal.SIGKILL:
+            process.wait()
+
+
+class Server:
+    """`python -m pipeline.engines.scripted` with a ledger; what it received is what was really asked."""
+
+    def __init__(self, folder: Path, script: str = "") -> None:
+        self.ledger = folder / "ledger.jsonl"
+        options = ["--ledger", str(self.ledger)]
+        if script:
+            (folder / "script.yaml").write_text(script)
+            options += ["--script", str(folder / "script.yaml")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.engines.scripted", "--port", "0", *options],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout
+        ready = self.process.stdout.readline().split()
+        assert ready[:1] == ["ready"], ready
+        self.url = ready[1]
+
+    def options(self, *more: str) -> list[str]:
+        """What `cai` needs to ask this server."""
+        return ["--endpoint", self.url, "--model", "scripted", *more]
+
+    def received(self, since: int = 0) -> list[dict[str, Any]]:
+        """The requests that came, the first `since` left out: n, key, try, path, body."""
+        lines = [json.loads(line) for line in self.ledger.read_text().splitlines() if line.endswith("}")]
+        return [line for line in lines if line["event"] == "received"][since:]
+
+    def num_received(self) -> int:
+        return self.ledger.read_bytes().count(b'"event":"received"') if self.ledger.exists() else 0
+
+    def repeated(self) -> int:
+        """How many requests had been received before, word for word."""
+        return sum(count - 1 for count in Counter(line["key"] for line in self.received()).values())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+
+def published(run: Path, folders: tuple[str, ...] = PUBLISHED) -> dict[str, str]:
+    """File -> sha256 of all that a run has published."""
+    files = [path for folder in folders for path in (run / folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def write_prompts(path: Path, num: int, first: int = 0) -> Path:
+    """Writes `num` different prompts, from number `first` on, as JSON lines."""
+    lines = [{"prompt": f"Question {n}: what is to be done about case {7 * n}?"} for n in range(first, first + num)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
