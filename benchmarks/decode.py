@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/decode.py
 
-Lengths are forced: `even`, every row makes 64 tokens; `early`, rows end after 4 to 64 tokens (`generate` runs them until
+Lengths are forced: `even`, every row makes 64 tokens; `early`, rows end after 4 to 64 tokens (`generate` runs until
 the longest ends); `shared`, 8 rows each of 8 prompts. Prints new tokens per second that were wanted.
 """
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from pipeline.errors import EngineRefused, ResourceError
 from pipeline.records import digest
@@ -42,6 +44,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
     dtype: auto (float32 on a CPU, else what the weights are stored in), float32, bfloat16, float16.
     device: auto (CUDA, then MPS, then CPU) or a torch device. Raises EngineRefused, one line, when it cannot be.
     """
+    logging.disable_progress_bar()  # what goes to stderr is the caller's affair
     where = pick_device(device)
     config, tokenizer = _open(AutoConfig, model, revision), load_tokenizer(model, revision=revision)
     kind = pick_dtype(dtype, where, config)
@@ -62,9 +65,11 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
 
 
 def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
+    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith(("/", ".", "~"))):
+        raise EngineRefused(f"model {model}: no such folder; check engine.model, or use nano, the embedded model")
     try:
         return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineRefused(_refusal(model, revision, error)) from error
 
 

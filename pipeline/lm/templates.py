@@ -162,12 +162,20 @@ class Chat:
         return token_ids
 
     def _spell(self, marker: str) -> list[int]:
-        """A control token's text as letters; one by one where the template itself writes these letters."""
+        """A control token's text as letters; one by one where the template itself writes these letters.
+
+        Where one by one is what the template has too (a vocabulary without longer pieces), a space keeps them apart.
+        """
         is_token = self.tokenizer.convert_tokens_to_ids(marker) in self._control
         token_ids = self._letters.encode(marker, add_special_tokens=False).ids if is_token else []
         if not token_ids or self._control & set(token_ids):
-            token_ids = [n for char in marker for n in self._letters.encode(char, add_special_tokens=False).ids]
+            token_ids = self._one_by_one(marker)
+        if token_ids == self._backend.encode(marker, add_special_tokens=False).ids:
+            token_ids = self._one_by_one(f"{marker[0]} {marker[1:]}")
         return token_ids
+
+    def _one_by_one(self, text: str) -> list[int]:
+        return [n for char in text for n in self._letters.encode(char, add_special_tokens=False).ids]
 
     def _continue(self, border: str, label: str) -> tuple[int, ...]:
         """Tokens of a label behind a text whose own tokens stay as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ TEXT = [
 ]
 
 
-def tiny_tokenizer(*, template: str | None = CHATML, vocab_size: int = 400) -> Any:
+def tiny_tokenizer(*, template: str | None = CHATML, vocab_size: int = 400, text: Sequence[str] = ()) -> Any:
     """Byte-level BPE with <|pad|>, <|im_start|>, <|im_end|> as special tokens 0, 1, 2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def tiny_tokenizer(*, template: str | None = CHATML, vocab_size: int = 400) -> A
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    tokenizer.train_from_iterator([*TEXT * 3, *text], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.chat_template = template
