@@ -124,6 +124,10 @@ class Engines:
     def concurrency(self) -> int:
         return max(engine.concurrency for engine in self._open.values())
 
+    async def start(self) -> None:
+        for engine in self._open.values():
+            await engine.start()
+
     async def close(self) -> None:
         for engine in self._open.values():
             await engine.close()
@@ -235,6 +239,7 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
     timer = loop.call_later(max_time, chain.driver.stop) if max_time else None
     watcher = asyncio.ensure_future(watch(chain))
     try:
+        await chain.engines.start()
         await chain.driver.run()
     finally:
         if timer:

@@ -18,7 +18,8 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
     if backend == "scripted":
         from pipeline.engines.scripted import ScriptedEngine
 
-        return ScriptedEngine(settings.script, concurrency=settings.concurrency)
+        named = settings.model or "scripted"
+        return ScriptedEngine(settings.script, concurrency=settings.concurrency, name=named)
     if not settings.model:
         raise EngineRefused(
             "engine.model: no model given; use --model MODEL (`--model nano` is built in), or set it in cai.yaml"

@@ -1,7 +1,7 @@
 """The protocol between those who ask and those who answer.
 
-An engine turns one `Request` into one `Reply`. It knows nothing of records, stages or the journal. It may batch what is in
-flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first.
+An engine turns one `Request` into one `Reply`. It knows nothing of records, stages or the journal. It may batch what is
+in flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Usage(NamedTuple):
 class Reply(NamedTuple):
     """The answer to a `Request`.
 
-    text: without special tokens and without the reasoning block; empty for a label request. A request's `stop` is cut off.
-    finish_reason: stop (ended by itself or at a stop string) | length (cut at max_tokens) | content_filter; labels for labels.
+    text: without special tokens and the reasoning block; empty for a label request. A request's `stop` is cut off.
+    finish_reason: stop (ended by itself or at a stop string) | length (cut at max_tokens) | content_filter; for label
+        requests: labels.
     token_ids: the sampled tokens where the engine knows them, else ().
     logprobs: label requests: natural-log probability of each label that the engine could read; a label that another one
         begins with ("1" and "10") does not count the other's share. A missing label was not among those reported.
@@ -68,14 +69,18 @@ class Engine(Protocol):
     """A served model.
 
     name: as written into records (`model`). context: longest prompt plus reply in tokens, None if unknown.
-    fingerprint: canonical-JSON-able identity of what answers: configuration, tokenizer, template and weights by content,
-        never a URL or a path. concurrency: how many requests it wants in flight.
+    fingerprint: canonical-JSON-able identity of what answers: configuration, tokenizer, template and weights by
+        content, never a URL or a path. concurrency: how many requests it wants in flight.
     """
 
     name: str
     context: int | None
     fingerprint: dict[str, str]
     concurrency: int
+
+    async def start(self) -> object:
+        """Called once before the first request: EngineRefused or EngineDown at once rather than later."""
+        ...
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers, or raises RequestFailed (this request only), EngineDown or EngineRefused (the run stops)."""

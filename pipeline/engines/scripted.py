@@ -43,6 +43,9 @@ class ScriptedEngine:
         self._has_faults = bool(self.script.faults or any(rule.faults for rule in self.script.rules))
         self._asked: Counter[str] = Counter()
 
+    async def start(self) -> None:
+        """Ready since it was made."""
+
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers at once or after the script's latency; faults of the transport become the errors they end in."""
         body, _ = request_body(request, self.name)

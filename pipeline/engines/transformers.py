@@ -87,6 +87,9 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="transformers-engine", daemon=True)
         self._thread.start()
 
+    async def start(self) -> None:
+        """Ready since it was made."""
+
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers; raises RequestFailed (`too_long`, `bad_roles`, `empty_prompt`), ResourceError, EngineRefused."""
         encoded = self.chat.prompt(request.prompt, reasoning=not request.labels)
