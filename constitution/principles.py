@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import re
@@ -119,10 +120,15 @@ class Constitution:
         raise ValueError(f"draw {method!r}: use weighted, uniform or cover")
 
     def draw_many(self, seed: int, record_id: str, count: int) -> tuple[Principle, ...]:
-        """`count` different principles for a record, by weight; all of them, in drawn order, if there are fewer."""
+        """`count` different principles for a record, by weight; all of them, in drawn order, if there are fewer.
+
+        Every group gives one before any gives a second, so that a few principles judge from several sides.
+        """
         if count < 1:
             raise ValueError(f"count is {count}: draw at least one principle")
-        return tuple(_smallest(self.principles, count, "principles", seed, record_id))
+        drawn = _smallest(self.principles, len(self), "principles", seed, record_id)
+        turns = {about: itertools.count() for about in self.abouts}
+        return tuple(sorted(drawn, key=lambda p: next(turns[p.about]))[:count])
 
 
 def default_path() -> Path:

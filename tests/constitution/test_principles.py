@@ -124,6 +124,22 @@ def test_draw_many_gives_different_principles_and_one_more_keeps_the_others():
         constitution.draw_many(5, "r", 0)
 
 
+def test_draw_many_takes_one_of_every_group_before_a_second_of_any():
+    constitution = Constitution.default()
+    groups = len(constitution.abouts)
+    for record in map(str, range(50)):
+        drawn = constitution.draw_many(0, record, 2 * groups)
+        assert {p.about for p in drawn[:groups]} == set(constitution.abouts)
+        assert len({p.id for p in drawn}) == 2 * groups
+
+
+def test_one_drawn_principle_follows_the_weights_alone():
+    # 5 of the 18 default principles, all of weight 1, are about harm.
+    constitution = Constitution.default()
+    share = sum(constitution.draw_many(0, str(r), 1)[0].about == "harm" for r in range(4000)) / 4000
+    assert abs(share - 5 / 18) < 0.03
+
+
 def test_an_unknown_way_to_draw_is_refused():
     with pytest.raises(ValueError, match="weighted, uniform or cover"):
         Constitution.default().draw(0, "r", 0, 0, "random")  # type: ignore[arg-type]
