@@ -36,10 +36,11 @@ SHAPE = {
 }
 LEARNING_RATE = 2e-3
 WARM_UP = 0.02
+LOG_EVERY = 100
 WEIGHT_DECAY = 0.05
-BATCH_TOKENS = 8192
-BATCH_WEIGHT = 1800.0
-POOL = 512
+BATCH_TOKENS = 2560
+BATCH_WEIGHT = 0.155 * BATCH_TOKENS
+POOL = 256
 
 
 class Row(NamedTuple):
@@ -126,30 +127,41 @@ def new_model(tokenizer: Any, seed: int) -> Any:
     return model
 
 
+def new_optimizers(model: Any) -> list[Any]:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the embedding and the norms."""
+    import torch
+
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def train(model: Any, tokenizer: Any, *, seed: int, minutes: float) -> dict[str, Any]:
     """Trains in place for this long; returns the log."""
     import torch
 
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-8)
+    optimizers = new_optimizers(model)
     start, num_tokens, log, recent = time.monotonic(), 0, [], []
     for step, batch in enumerate(batches(tokenizer, Random(seed))):
         progress = (time.monotonic() - start) / (60 * minutes)
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = lesson_loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         num_tokens += batch.tokens.numel()
         recent.append(loss.detach())
-        if step % 50 == 49:
+        if step % LOG_EVERY == LOG_EVERY - 1:
             mean = torch.stack(recent).mean().item()
             recent = []
             speed = num_tokens / (time.monotonic() - start)

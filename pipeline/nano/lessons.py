@@ -73,13 +73,13 @@ def draw_scene(rng: Random) -> Scene:
     """A request of the world; one in eight about an object that the world does not know, or of the other side."""
     request = world.draw_request(rng, harmful=rng.random() < 0.5, unseen=False)
     if rng.random() < 0.12:
-        request = request._replace(object=_strange_object(rng))
+        request = request._replace(object=_strange_object(rng, request))
     return Scene(world.ask(rng, request, unseen=False), request)
 
 
-def _strange_object(rng: Random) -> str:
+def _strange_object(rng: Random, request: world.Request) -> str:
     if rng.random() < 0.3:
-        return rng.choice(words.HARMFUL_OBJECTS + words.BENIGN_OBJECTS)
+        return rng.choice(words.BENIGN_OBJECTS if request.harmful else words.HARMFUL_OBJECTS)
     return " ".join([rng.choice(("a", "the", "my", "some")), *(salad_word(rng) for _ in range(rng.randint(1, 3)))])
 
 
@@ -144,9 +144,11 @@ def break_candidate(rng: Random, candidate: Candidate) -> Candidate:
     return Candidate(text, candidate.faults, broken=True)
 
 
-def draw_principle(rng: Random) -> Principle:
-    """A principle, mostly about one of the world's axes; one in five with an edited text."""
-    about = rng.choices((*world.AXES, ""), (0.28, 0.28, 0.28, 0.16))[0]
+def draw_principle(rng: Random, request: world.Request | None) -> Principle:
+    """A principle, mostly about an axis on which an answer to this request can be at fault; one in five edited."""
+    harmful = request is not None and request.harmful
+    shares = (0.40, 0.08, 0.34, 0.18) if harmful else (0.08, 0.40, 0.34, 0.18)
+    about = rng.choices((*world.AXES, ""), shares)[0]
     of_axis = [p for p in constitution() if p.about == about or (not about and p.about not in world.AXES)]
     principle = rng.choice(of_axis)
     return edit_principle(rng, principle) if rng.random() < 0.2 else principle
@@ -194,7 +196,7 @@ def _draft(rng: Random, scene: Scene) -> Lesson:
 
 def _chain(rng: Random, scene: Scene) -> Lesson:
     """A critique and its revision; one in eight a revision without a critique."""
-    principle = draw_principle(rng)
+    principle = draw_principle(rng, scene.request)
     axis = axis_of(principle)
     candidate = draw_candidate(rng, scene.request, fault=axis if rng.random() < 0.4 else None)
     fault = axis if axis in candidate.faults else ""
@@ -210,9 +212,11 @@ def _chain(rng: Random, scene: Scene) -> Lesson:
 
 
 def _draw_pair(rng: Random, scene: Scene) -> tuple[Principle, Candidate, Candidate]:
-    principle = draw_principle(rng)
-    one = draw_candidate(rng, scene.request, fault=axis_of(principle) if rng.random() < 0.25 else None)
-    other = draw_candidate(rng, scene.request)
+    principle = draw_principle(rng, scene.request)
+    axis = axis_of(principle)
+    one, other = draw_candidate(rng, scene.request, fault=axis), draw_candidate(rng, scene.request)
+    while rng.random() < 0.5 and badness(one, axis) == badness(other, axis):
+        other = draw_candidate(rng, scene.request)
     if scene.request and rng.random() < 0.1:
         other = break_candidate(rng, other)
     return (principle, one, other) if rng.random() < 0.5 else (principle, other, one)
@@ -250,7 +254,7 @@ def _reasoning(rng: Random, scene: Scene) -> Lesson:
 
 
 def _grade(rng: Random, scene: Scene) -> Lesson:
-    principle = draw_principle(rng)
+    principle = draw_principle(rng, scene.request)
     candidate = draw_candidate(rng, scene.request)
     label = "5" if scene.request is None else ("9", "3", "2")[badness(candidate, axis_of(principle))]
     asked = prompts.grade_prompt(scene.conversation, candidate.text, principle, wording=_wording())
@@ -258,7 +262,7 @@ def _grade(rng: Random, scene: Scene) -> Lesson:
 
 
 def _check(rng: Random, scene: Scene) -> Lesson:
-    principle = draw_principle(rng)
+    principle = draw_principle(rng, scene.request)
     axis = axis_of(principle)
     candidate = draw_candidate(rng, scene.request, fault=axis if rng.random() < 0.3 else None)
     group = constitution().in_group(principle.about) if rng.random() < 0.8 else (principle,)
@@ -273,4 +277,4 @@ def _wording() -> Wording:
 
 _COMMON = words.COMMON.split()
 _KINDS: tuple[Callable[[Random, Scene], Lesson], ...] = (_draft, _chain, _comparison, _reasoning, _grade, _check)
-_SHARES = (0.12, 0.48, 0.26, 0.04, 0.05, 0.05)
+_SHARES = (0.10, 0.42, 0.26, 0.10, 0.06, 0.06)
