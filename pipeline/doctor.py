@@ -18,7 +18,7 @@ from constitution.verdicts import read_labels
 from pipeline.config.settings import EngineSettings, Settings
 from pipeline.engines import resolve_backend
 from pipeline.engines.base import Request
-from pipeline.errors import CaiError, UsageError
+from pipeline.errors import CaiError, RequestFailed, UsageError
 from pipeline.recipe import Engines, constitution_file
 from pipeline.records import Prompt
 from pipeline.sources import Spec, read
@@ -174,6 +174,8 @@ async def _ask_all(name: str, voice: Voice, engines: Engines, constitution: Cons
         done.append(Check(f"{name}: model", "ok", await _served(voice)))
         step = "requests"
         done.append(await _requests(name, voice, prompts))
+        if voice.style == "chat":
+            done.append(await _odd_turns(name, voice))
         step = "one token"
         reply = await voice.engine.ask(Request(prompts["draft"], "draft", max_tokens=1))
         done.append(Check(f"{name}: one token", "ok", repr(reply.text or reply.reasoning)))
@@ -200,9 +202,8 @@ async def _served(voice: Voice) -> str:
 
 
 async def _requests(name: str, voice: Voice, prompts: dict[str, Prompt]) -> Check:
-    """Every kind of request, and turns that some templates refuse, rendered and counted in tokens."""
-    odd = _ODD_TURNS if voice.style == "chat" else {}
-    sizes = {kind: await _num_tokens(voice, kind, prompt) for kind, prompt in (prompts | odd).items()}
+    """Every kind of request, rendered and counted in tokens."""
+    sizes = {kind: await _num_tokens(voice, kind, prompt) for kind, prompt in prompts.items()}
     detail = "tokens: " + ", ".join(f"{kind} {size}" for kind, size in sizes.items())
     context, longest = voice.engine.context, max(sizes.values())
     if context and longest + voice.max_tokens > context:
@@ -210,6 +211,17 @@ async def _requests(name: str, voice: Voice, prompts: dict[str, Prompt]) -> Chec
         cure = f"{left} of {voice.max_tokens} tokens are left for a reply to the longest; lower max_tokens"
         return Check(f"{name}: requests", "warn", detail, cure)
     return Check(f"{name}: requests", "ok", detail)
+
+
+async def _odd_turns(name: str, voice: Voice) -> Check:
+    """Turns that some templates refuse. Only prompts that hold them are lost then."""
+    sizes = {}
+    for turns, prompt in _ODD_TURNS.items():
+        try:
+            sizes[turns] = await _num_tokens(voice, "draft", prompt)
+        except RequestFailed as error:
+            return Check(f"{name}: {turns}", "warn", str(error), "such prompts will fail; leave them out")
+    return Check(f"{name}: odd turns", "ok", "tokens: " + ", ".join(f"{turns} {size}" for turns, size in sizes.items()))
 
 
 async def _num_tokens(voice: Voice, kind: str, prompt: Prompt) -> int:
