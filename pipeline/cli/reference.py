@@ -13,8 +13,9 @@ _HEAD = """# Commands
 
 Made from `--help` by `python -m pipeline.cli.reference > docs/cli.md`.
 
-Results go to stdout, messages and progress to stderr. With `--json` stdout is one object: `command`, `run`, `exit_code`,
-`counts`, `outputs`, `error` (null, or `type` and `message`). An error is one line: where, what, what to do.
+Results go to stdout, messages and progress to stderr. With `--json` stdout is one object: `command`, `run`,
+`exit_code`, `counts`, `outputs`, `error` (null, or `type` and `message`). An error is one line: where, what, what to
+do.
 
 | exit code | means |
 |---|---|
