@@ -81,6 +81,8 @@ class Driver:
         self.journal = journal
         self.window = window
         self.limit = limit
+        for name in inputs:
+            run.check_inputs(name)
         self._inputs = {name: run.parts(name) for name in inputs}
         self.grace_s = grace_s
         parts = run.parts("prompts")
@@ -117,7 +119,7 @@ class Driver:
             await self._wait_until(self._may_open_another)
         await self._wait_until(lambda: not self._open)
         for stage in self.stages:
-            check_balance(stage.writer)
+            self._check_balance(stage)
 
     def _may_open_another(self) -> bool:
         waiting = sum(len(shard.records) for shard in self._open)
@@ -130,13 +132,28 @@ class Driver:
             rows = self._rows_to_do(number, part, ordinal)
             if rows == 0:
                 return
-            todo = [stage for stage in self.stages if not stage.writer.has(number, rows)]
+            todo: list[Stage] = []
+            for stage in self.stages:
+                is_known = not any(before.name in stage.needs for before in todo)
+                if not stage.writer.has(number, rows, self._made_from(stage, number) if is_known else {}):
+                    todo.append(stage)
             if todo:
                 records = self._read_records(number, part, rows, ordinal, todo)
                 yield Shard(number, records, todo, self.journal.open(number))
             else:
                 self.progress.done += rows
             ordinal += part["rows"]
+
+    def _made_from(self, stage: Stage, number: int) -> dict[str, str]:
+        """The parts that part `number` of a stage is made from, by their sha256."""
+        return {name: self._part(name, number)["sha256"] for name in ("prompts", *stage.needs)}
+
+    def _part(self, name: str, number: int) -> dict[str, Any]:
+        """The manifest's entry of a part that the run has, or that this call has published."""
+        if name == "prompts":
+            return self._parts[number]
+        parts = next((stage.writer.parts for stage in self.stages if stage.name == name), None)
+        return self._inputs[name][number] if parts is None else parts[number]
 
     def _rows_to_do(self, number: int, part: Mapping[str, Any], ordinal: int) -> int:
         """How many of a part's prompts are within the limit and have been through the stages before these."""
@@ -160,6 +177,21 @@ class Driver:
                 if line["id"] in by_id:
                     by_id[line["id"]].lines[name] = line
         return records
+
+    def _check_balance(self, stage: Stage) -> None:
+        """Every id is ok, filtered or failed, and all that the stage before let through came in here."""
+        for number, part in enumerate(stage.writer.parts):
+            counts = part["counts"]
+            before = self._part(stage.needs[-1], number) if stage.needs else None
+            expected = before["counts"]["ok"] if before else part["prompts"]
+            is_comparable = before is None or before["prompts"] == part["prompts"]
+            if counts["in"] != counts["ok"] + counts["filtered"] + counts["failed"] or (
+                is_comparable and counts["in"] != expected
+            ):
+                raise CorruptError(
+                    f"{stage.writer.folder / part['file']}: {expected} ids came, and they do not balance: {counts}; "
+                    "please report it with this folder"
+                )
 
     def _admit(self, shard: Shard, record: Record) -> None:
         task = asyncio.create_task(self._chain(shard, record))
@@ -217,7 +249,7 @@ class Driver:
             shard = self._open.popleft()
             await self.journal.release(shard.segment)
             for stage in shard.todo:
-                await asyncio.to_thread(publish, stage, shard)
+                await asyncio.to_thread(publish, stage, shard, self._made_from(stage, shard.number))
 
     async def _drain(self) -> None:
         """Lets the requests in flight finish, and publishes what they complete."""
@@ -238,16 +270,7 @@ class Driver:
                 shard.segment.close()
 
 
-def check_balance(writer: StageWriter) -> None:
-    """Every id that came in is ok, filtered or failed; the promise of every stage, checked at its end."""
-    counts: Counter[str] = Counter()
-    for part in writer.parts:
-        counts.update(part["counts"])
-    if counts["in"] != counts["ok"] + counts["filtered"] + counts["failed"]:
-        raise CorruptError(f"{writer.folder}: ids do not balance: {dict(counts)}; please report it with this folder")
-
-
-def publish(stage: Stage, shard: Shard) -> None:
+def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
     """Publishes one stage's part of a finished shard."""
     outcomes = shard.outcomes[stage.name]
     lines: list[Line] = []
@@ -273,6 +296,7 @@ def publish(stage: Stage, shard: Shard) -> None:
         lines,
         prompts=len(shard.records),
         num_in=len(outcomes),
+        inputs=inputs,
         failed=failed,
         filtered=filtered,
         num_failed=num_failed,

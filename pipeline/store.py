@@ -139,6 +139,19 @@ class RunFolder:
     def read_part(self, stage: str, part: Mapping[str, Any]) -> list[Line]:
         return _verified_lines(self.path / stage / part["file"], part)
 
+    def check_inputs(self, stage: str) -> None:
+        """UsageError if the stage was made from parts that a stage before it does not have any more."""
+        now: dict[str, dict[str, str]] = {}
+        for part in self.parts(stage):
+            for name, sha256 in part["inputs"].items():
+                if name not in now:
+                    now[name] = {entry["file"]: entry["sha256"] for entry in self.parts(name)}
+                if now[name].get(part["file"]) != sha256:
+                    raise UsageError(
+                        f"{self.path / stage / part['file']}: {name} has changed since this was made from it; "
+                        f"run `cai {stage} --run {self.path}` first"
+                    )
+
     def losses_path(self, state: str, stage: str) -> Path:
         return self.path / state / f"{stage.replace('/', '-')}.jsonl"
 
@@ -225,14 +238,19 @@ class StageWriter:
         self.extra: dict[str, Any] = dict(manifest.extra) if manifest and is_same else {}
         self._lists_others = manifest is not None and not is_same
 
-    def has(self, number: int, prompts: int) -> bool:
-        """Whether part `number` stands and covers `prompts` prompts; if not, it and those after it are forgotten."""
-        if number < len(self.parts) and self.parts[number]["prompts"] >= prompts:
-            path = self.folder / self.parts[number]["file"]
-            if path.exists() and path.stat().st_size == self.parts[number]["bytes"]:
+    def has(self, number: int, prompts: int, inputs: Mapping[str, str]) -> bool:
+        """Whether part `number` stands, covers `prompts` prompts and was made from these `inputs` (see `publish`).
+
+        If not, it and those after it are forgotten.
+        """
+        if number < len(self.parts):
+            part = self.parts[number]
+            path = self.folder / part["file"]
+            is_whole = path.exists() and path.stat().st_size == part["bytes"]
+            if is_whole and part["prompts"] >= prompts and part["inputs"] == inputs:
                 return True
-        self._lists_others |= len(self.parts) > number
-        del self.parts[number:]
+            self._lists_others = True
+            del self.parts[number:]
         return False
 
     def publish(
@@ -242,6 +260,7 @@ class StageWriter:
         *,
         prompts: int,
         num_in: int,
+        inputs: Mapping[str, str] | None = None,
         failed: Sequence[Line] = (),
         filtered: Sequence[Line] = (),
         num_failed: int = 0,
@@ -251,6 +270,7 @@ class StageWriter:
         """Publishes part `number`, which must be the next one.
 
         prompts: how many prompts of the prompt part were considered; num_in: how many of them came in here.
+        inputs: stage -> sha256 of its part of the same number, of all stages whose lines this part was made from.
         failed, filtered: every loss, also of single samples; num_failed, num_filtered: records without a line.
         """
         if number != len(self.parts):
@@ -280,6 +300,7 @@ class StageWriter:
             {
                 "file": name,
                 "prompts": prompts,
+                "inputs": dict(inputs or {}),
                 **_entry(encoded, data),
                 "counts": counts,
                 "failed": self._append_losses("failed", failed),
