@@ -51,24 +51,28 @@ def resolve(run: Path, config: Path | None, assignments: Sequence[str], flags: d
 
 
 def open_job(path: Path, settings: Settings, *, frozen: bool = False) -> tuple[Job, list[str]]:
-    """Opens the run, and keeps the resolved inputs in it. Returns what differs from the last call too.
+    """Opens the run. Returns what differs from the last call too.
 
     frozen: refuse to go on if anything does. The caller holds the run's lock.
     """
-    constitution_path = constitution_file(settings)
-    constitution = Constitution.load(constitution_path)
+    constitution = Constitution.load(constitution_file(settings))
     run = RunFolder(path)
     config, principles = run.path / "config.yaml", run.path / "constitution.yaml"
-    text = constitution_path.read_bytes()
     changed = differences(read_file(config), settings) if config.exists() else []
     if principles.exists() and Constitution.load(principles).digest != constitution.digest:
         changed.append("constitution: the text of its principles or wording")
     if frozen and changed:
         raise UsageError(f"{run.path}: --frozen, but the inputs changed: {'; '.join(changed)}")
-    for file, data in ((config, dump(settings)), (principles, text)):
+    return Job(run, settings, constitution), changed
+
+
+def keep_inputs(job: Job) -> None:
+    """Keeps the resolved inputs in the run, for later calls to start from; not before it is known that they work."""
+    inputs = {"config.yaml": dump(job.settings), "constitution.yaml": constitution_file(job.settings).read_bytes()}
+    for name, data in inputs.items():
+        file = job.run.path / name
         if not file.exists() or file.read_bytes() != data:
             write_atomic(file, data)
-    return Job(run, settings, constitution), changed
 
 
 def constitution_file(settings: Settings) -> Path:
@@ -79,7 +83,10 @@ def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
     """Brings the configured sources into the run. None if there are none, but the run has prompts already."""
     specs = _specs(job.settings)
     if specs:
-        return ingest(job.run, specs, shard_size=job.settings.prompts.shard_size, limit=limit)
+        ingested = ingest(job.run, specs, shard_size=job.settings.prompts.shard_size, limit=limit)
+        if not job.run.parts("prompts"):
+            raise UsageError(f"{', '.join(spec.path for spec in specs)}: no prompts; give a file that holds some")
+        return ingested
     if not job.run.manifest("prompts"):
         raise UsageError(f"{job.run.path}: no prompts; use --prompts FILE, or set prompts.sources in cai.yaml")
     return None
@@ -192,13 +199,14 @@ class Chain:
 
 
 def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s: float = 30.0) -> Chain:
-    """Opens the engines and lines the stages up. UsageError if a stage before them has not run."""
+    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run."""
     earlier = [name for name in DATA_STAGES if name not in names and DATA_STAGES.index(name) < _first(names)]
     inputs = [name for name in earlier if job.run.manifest(name)]
     if "critique-revise" in names and "generate" not in [*names, *inputs]:
         raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
     engines = Engines(job.constitution)
     stages = build_stages(job, engines, names)
+    keep_inputs(job)
     usage: Counter[str] = Counter()
     budget = job.settings.run.budget_tokens
 
