@@ -38,7 +38,9 @@ class Layers:
                     inner = node[key] = {}
                 node = inner
             node[path[-1]] = value
-            self.places[path] = (places or {}).get(path, place)
+            self.places = {where: found for where, found in self.places.items() if where[: len(path)] != path}
+            self.places[path] = place
+        self.places |= {where: found for where, found in (places or {}).items() if where}
 
     def add_file(self, path: Path) -> None:
         try:
