@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -14,6 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline import recipe
+from pipeline.config.settings import Settings
+from pipeline.stages.export import export_run
+from pipeline.store import RunFolder
+
 CAI = Path(sys.executable).with_name("cai")
 FAULTS = Path(__file__).parent / "faults"
 PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "failed", "filtered", "datasets")
@@ -22,7 +28,7 @@ PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "failed", "filter
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without what would reach into the settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CAI_", "OPENAI_"))}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
 
 
 class Command:
@@ -121,3 +127,33 @@ def write_prompts(path: Path, num: int, first: int = 0) -> Path:
     lines = [{"prompt": f"Question {n}: what is to be done about case {7 * n}?"} for n in range(first, first + num)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def play(
+    run: Path,
+    tree: dict[str, Any],
+    names: tuple[str, ...] = recipe.DATA_STAGES,
+    *,
+    limit: int | None = None,
+    export: bool = True,
+) -> recipe.Chain:
+    """What `cai run` does, in this process. tree: settings by section; the engine is the scripted one."""
+    settings = Settings.model_validate({**tree, "engine": {"backend": "scripted", **tree.get("engine", {})}})
+    RunFolder(run, create=True)
+    job, _ = recipe.open_job(run, settings)
+    if settings.prompts.sources:
+        recipe.ingest_prompts(job, limit)
+    chain = recipe.prepare(job, names, limit=limit)
+    asyncio.run(recipe.run_chain(chain, max_time=None, watch=_silent))
+    if export:
+        export_run(job.run, settings.export, tie_band=settings.rank.tie_band)
+    return chain
+
+
+async def _silent(chain: recipe.Chain) -> None:
+    await asyncio.Event().wait()
+
+
+def lines(run: Path, stage: str) -> list[dict[str, Any]]:
+    """All published lines of a stage."""
+    return list(RunFolder(run).read(stage))

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.support import Command, Server, published, write_prompts
 
 IN_FLIGHT = 2 * 8
-SETTINGS = "generate.samples=1 critique_revise.rounds=1 engine.concurrency=8 prompts.shard_size=10".split()
+SETTINGS = ("generate.samples=1", "critique_revise.rounds=1", "engine.concurrency=8", "prompts.shard_size=10")
 
 
 def arguments(folder: Path, server: Server) -> list[str]:
