@@ -7,6 +7,7 @@ write; every time the same command must end with the files of an undisturbed run
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import tempfile
 from pathlib import Path
@@ -55,10 +56,12 @@ def main() -> None:
     server.stop()
     assert done.returncode == 0, done.stderr
     undisturbed = published(folder / "r")
-    number = options.start
-    while check(f"before:{number}", undisturbed) and check(f"torn:{number}:write", undisturbed) | True:
-        number += options.every
-    print(f"{number - options.every} points, all recovered")
+    for kind in ("before:{}", "torn:{}:write"):
+        reached = itertools.takewhile(
+            lambda number, kind=kind: check(kind.format(number), undisturbed),
+            itertools.count(options.start, options.every),
+        )
+        print(f"{kind.format('N')}: recovered from all of {len(list(reached))} points")
 
 
 if __name__ == "__main__":
