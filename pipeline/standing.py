@@ -11,14 +11,18 @@ from pipeline.lock import Holder, holder
 from pipeline.recipe import DATA_STAGES
 from pipeline.stages.cards import DATASETS
 from pipeline.stages.datasets_out import read_card
-from pipeline.store import RunFolder
+from pipeline.store import Manifest, RunFolder
 
 
 class StageStanding(NamedTuple):
-    """covered: prompts that the stage's parts have considered. counts: in, ok, filtered, failed and the tallies."""
+    """What a stage has published. counts: in, ok, filtered, failed and the tallies.
+
+    covered: prompts considered, up to the first part whose inputs have changed. stale: prompts from there on.
+    """
 
     parts: int
     covered: int
+    stale: int
     counts: Counter[str]
 
 
@@ -40,7 +44,8 @@ class Standing(NamedTuple):
 
 def standing(run: RunFolder) -> Standing:
     """Raises CorruptError for a manifest or card that does not hold what was written."""
-    stages = {name: found for name in ("prompts", *DATA_STAGES) if (found := _stage(run, name))}
+    manifests = {name: found for name in ("prompts", *DATA_STAGES) if (found := run.manifest(name))}
+    stages = {name: _stage(name, manifests) for name in manifests}
     cards = {name: read_card(run.path / "datasets" / name) for name in DATASETS}
     datasets = {name: _dataset(card) for name, card in cards.items() if card}
     prompts = stages["prompts"].covered if "prompts" in stages else 0
@@ -48,11 +53,20 @@ def standing(run: RunFolder) -> Standing:
     return Standing(prompts, stages, datasets, holder(run.path), to_do, _command(run, words))
 
 
-def _stage(run: RunFolder, name: str) -> StageStanding | None:
-    manifest = run.manifest(name)
-    if manifest is None:
-        return None
-    return StageStanding(len(manifest.parts), sum(part["prompts"] for part in manifest.parts), manifest.counts)
+def _stage(name: str, manifests: dict[str, Manifest]) -> StageStanding:
+    parts = manifests[name].parts
+    before = list(manifests)[: list(manifests).index(name)]
+    current = 0
+    while current < len(parts) and parts[current]["inputs"] == _inputs(before, manifests, current):
+        current += 1
+    covered, stale = (sum(part["prompts"] for part in some) for some in (parts[:current], parts[current:]))
+    return StageStanding(len(parts), covered, stale, manifests[name].counts)
+
+
+def _inputs(before: Sequence[str], manifests: dict[str, Manifest], number: int) -> dict[str, str | None]:
+    """What part `number` of a stage is made from, as it stands now: stage -> sha256."""
+    parts = {name: manifests[name].parts for name in before}
+    return {name: found[number]["sha256"] if number < len(found) else None for name, found in parts.items()}
 
 
 def _dataset(card: dict[str, Any]) -> DatasetStanding:

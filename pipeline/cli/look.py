@@ -34,7 +34,8 @@ def status_command(console: Console, *, run: Path) -> None:
 
 def _report(console: Console, found: Standing) -> None:
     counts = {
-        name: {"parts": stage.parts, "prompts": stage.covered, **stage.counts} for name, stage in found.stages.items()
+        name: {"parts": stage.parts, "prompts": stage.covered, "stale": stage.stale, **stage.counts}
+        for name, stage in found.stages.items()
     }
     datasets = {name: {"version": dataset.version, **dataset.rows} for name, dataset in found.datasets.items()}
     console.report["counts"] = {**counts, "datasets": datasets}
@@ -51,9 +52,9 @@ def _status_lines(found: Standing) -> list[str]:
     for name, stage in found.stages.items():
         balance = "".join(f"{stage.counts[key]:>11,}" for key in _BALANCE)
         left = found.prompts - stage.covered
-        lines.append(
-            f"{name:<16}{stage.parts:>7,}{balance}  " + (f"{left:,} prompts to do" if left > 0 else "complete")
-        )
+        state = f"{left:,} prompts to do" if left > 0 else "complete"
+        again = f", {stage.stale:,} of them again: what they were made from has changed" if stage.stale else ""
+        lines.append(f"{name:<16}{stage.parts:>7,}{balance}  {state}{again}")
     for name, stage in found.stages.items():
         if tallies := [f"{key} {stage.counts[key]:,}" for key in sorted(stage.counts) if key not in _BALANCE]:
             lines.append(f"{name}: {', '.join(tallies)}")
@@ -102,10 +103,15 @@ def show_command(
     a terminal in colours.
     """
     from pipeline.cli.view import show_cases
-    from pipeline.reading import Wanted, select
+    from pipeline.reading import STAGES, Wanted, select
     from pipeline.store import RunFolder
 
     folder = RunFolder(run)
+    for stage in STAGES:
+        try:
+            folder.check_inputs(stage)
+        except UsageError as error:
+            console.say(f"note: {error}")
     wanted = Wanted(id, principle, verdict, failed)
     found = select(folder, wanted, limit=limit, worst_first=worst_first)
     console.report["outputs"]["records"] = [case.plain() for case in found]

@@ -55,6 +55,28 @@ def test_a_run_ranked_without_revisions_is_not_told_to_revise(cai: Command, run:
     assert found.next_command == f"cai rank --run {run}"
 
 
+def test_what_was_made_from_something_that_changed_is_to_do_again(cai: Command, run: Path) -> None:
+    cai("run", "--run", "r")
+    cai("generate", "--run", "r", "--set", "run.seed=5")
+    found = standing(RunFolder(run))
+    assert {name: (stage.covered, stage.stale) for name, stage in found.stages.items()} == {
+        "prompts": (6, 0),
+        "generate": (6, 0),
+        "critique-revise": (0, 6),
+        "rank": (0, 6),
+    }
+    assert found.to_do == ["critique-revise: 6 of 6 prompts", "rank: 6 of 6 prompts", "export"]
+    assert "6 of them again: what they were made from has changed" in cai("status", "-r", "r").stdout
+    assert "note: " in cai("show", "-r", "r").stderr
+
+
+def test_a_ranking_of_drafts_is_to_do_again_once_they_were_revised(cai: Command, run: Path) -> None:
+    cai("rank", "--run", "r")
+    assert standing(RunFolder(run)).to_do == ["export"]
+    cai("critique-revise", "--run", "r")
+    assert standing(RunFolder(run)).to_do == ["rank: 6 of 6 prompts", "export"]
+
+
 def test_a_folder_with_a_space_in_its_name_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "my runs").mkdir()
     found = standing(RunFolder(tmp_path / "my runs" / "r", create=True))

@@ -68,7 +68,7 @@ def test_show_finds_a_record_by_the_beginning_of_its_id(cai: Command, run: Path)
     [
         (["show", "-r", "nowhere"], 2, "cai: nowhere: no run here; start one: cai run"),
         (["status", "-r", "nowhere"], 2, "cai: nowhere: no run here; start one: cai run"),
-        (["status"], 2, "cai: Missing option '-r' / '--run'."),
+        (["status"], 2, "cai: runs/first: no run here; start one: cai run"),
         (["show", "-r", "r", "zz"], 2, "cai: r: no such record has an id that begins with 'zz'"),
         (["show", "-r", "r", "--principle", "harm-peple"], 2, "did you mean 'harm-people'?"),
         (["show", "-r", "r", "--limit", "0"], 2, "cai: Invalid value for '--limit'"),
@@ -113,6 +113,7 @@ def test_status_counts_and_names_the_next_command(cai: Command, run: Path) -> No
     assert report["counts"]["generate"] == {
         "parts": 1,
         "prompts": 3,
+        "stale": 0,
         "in": 3,
         "ok": 3,
         "filtered": 0,
