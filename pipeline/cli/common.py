@@ -18,6 +18,7 @@ from constitution.yamlfile import ConstitutionError
 from pipeline.errors import CaiError, StoppedError
 
 F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_RUN = Path("runs/first")
 
 
 class Console:
@@ -114,9 +115,15 @@ def stop_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def run_option(*, required: bool = True) -> Callable[[F], F]:
+def run_option(*, default: Path | None = DEFAULT_RUN) -> Callable[[F], F]:
     return click.option(
-        "-r", "--run", type=click.Path(path_type=Path), required=required, metavar="DIR", help="The run's folder."
+        "-r",
+        "--run",
+        type=click.Path(path_type=Path),
+        default=default,
+        show_default=default is not None,
+        metavar="DIR",
+        help="The run's folder.",
     )
 
 

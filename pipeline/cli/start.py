@@ -77,7 +77,7 @@ def try_command(
 @command("doctor", short_help="Check the machine, the settings and the model.")
 @model_options
 @settings_options
-@run_option(required=False)
+@run_option(default=None)
 def doctor_command(
     console: Console,
     *,
