@@ -168,7 +168,7 @@ def dump(settings: Settings) -> bytes:
 
 def differences(before: Settings, after: Settings) -> list[str]:
     """`section.key: old -> new` for every setting that differs."""
-    old, new = dict(_leaves(before.model_dump(mode="json"))), dict(_leaves(after.model_dump(mode="json")))
+    old, new = ({k: v for k, v in _leaves(s.model_dump(mode="json")) if v != {}} for s in (before, after))
     changed = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
     return [f"{'.'.join(path)}: {old.get(path)} -> {new.get(path)}" for path in changed]
 
