@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import recipe
 from pipeline.config.settings import Settings
+from pipeline.engines.base import Reply, Request, Usage
 from pipeline.stages.export import export_run
 from pipeline.store import RunFolder
 
@@ -157,3 +158,30 @@ async def _silent(chain: recipe.Chain) -> None:
 def lines(run: Path, stage: str) -> list[dict[str, Any]]:
     """All published lines of a stage."""
     return list(RunFolder(run).read(stage))
+
+
+class Told:
+    """An engine that answers with what a function says of a request: a text, or a whole reply. Keeps the requests."""
+
+    context = None
+
+    def __init__(self, say: Callable[[Request], str | Reply], *, name: str = "told", concurrency: int = 8) -> None:
+        self.say = say
+        self.name = name
+        self.concurrency = concurrency
+        self.fingerprint = {"backend": "told", "model": name}
+        self.requests: list[Request] = []
+        self.priorities: list[int] = []
+
+    async def ask(self, request: Request, priority: int = 0) -> Reply:
+        self.requests.append(request)
+        self.priorities.append(priority)
+        await asyncio.sleep(0)
+        said = self.say(request)
+        return said if isinstance(said, Reply) else Reply(said, "stop", usage=Usage(0, len(said.split())))
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def kinds(self) -> Counter[str]:
+        return Counter(request.kind for request in self.requests)
