@@ -101,7 +101,8 @@ class Decoder:
 
     max_rows: rows decoded together. cache_tokens: rows x columns of keys and values; one job alone may exceed it.
     prefix_tokens: room for shared beginnings. prefill_tokens: tokens per prompt pass.
-    alone: every job runs by itself from an empty cache, so that its arithmetic does not depend on others.
+    alone: every job runs by itself from an empty cache, so that its arithmetic does not depend on others; a row must
+    have retired before the next job is prefilled.
     """
 
     def __init__(

@@ -61,7 +61,10 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     """The tokenizer alone. Raises EngineRefused."""
-    return _open(AutoTokenizer, model, revision)
+    tokenizer = _open(AutoTokenizer, model, revision)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise EngineRefused(f"model {model}: its tokenizer has no tokenizer.json form; save it as a fast tokenizer")
+    return tokenizer
 
 
 def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:

@@ -43,10 +43,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, *, eos: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise EngineRefused(f"{type(tokenizer).__name__} has no tokenizer.json form; convert the model's tokenizer")
-        self._backend: Tokenizer = backend
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._letters = _without_added_tokens(self._backend)
