@@ -65,7 +65,8 @@ def _status_lines(found: Standing) -> list[str]:
         pid, host = found.holder.pid, found.holder.host
         lines.append(f"at work: process {pid} on host {host}, last sign of life {found.holder.silence_s:.0f} s ago")
     lines.append(f"to do: {'; '.join(found.to_do) or 'nothing, the run is complete'}")
-    return [*lines, f"next: {found.next_command}"]
+    when = "next, when that has ended" if found.holder else "next"
+    return [*lines, f"{when}: {found.next_command}"]
 
 
 @command("show", short_help="Read the records of a run.")
