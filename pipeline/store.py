@@ -172,7 +172,7 @@ def _verified_lines(path: Path, entry: Mapping[str, Any], *, offset: int | None 
     """Lines of a file, or of its piece at `offset`, checked against bytes, sha256 and rows of a manifest's entry."""
     try:
         with io_errors(path), open(path, "rb") as file:
-            before = file.read(offset or 0).count(b"\n")
+            file.seek(offset or 0)
             data = file.read() if offset is None else file.read(entry["bytes"])
     except UsageError as error:
         raise CorruptError(
@@ -180,15 +180,15 @@ def _verified_lines(path: Path, entry: Mapping[str, Any], *, offset: int | None 
         ) from error
     lines = data.split(b"\n")
     if hashlib.sha256(data).hexdigest() != entry["sha256"] or len(lines) != entry["rows"] + 1:
-        raise CorruptError(_what_is_wrong(path, data, lines, entry, before))
+        raise CorruptError(_what_is_wrong(path, data, lines, entry, offset or 0))
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _what_is_wrong(path: Path, data: bytes, lines: Sequence[bytes], entry: Mapping[str, Any], before: int) -> str:
-    """before: lines of the file that come before these."""
+def _what_is_wrong(path: Path, data: bytes, lines: Sequence[bytes], entry: Mapping[str, Any], offset: int) -> str:
     cure = "delete its stage's manifest.json and run again: it is made anew from the journal"
     if len(data) != entry["bytes"]:
         return f"{path}: {len(data)} bytes, its manifest says {entry['bytes']}; {cure}"
+    before = path.read_bytes()[:offset].count(b"\n")
     sums = bytes.fromhex(entry["line_sums"])
     for number, line in enumerate(lines[:-1]):
         if line_sum(line) != sums[2 * number : 2 * number + 2]:
