@@ -18,7 +18,6 @@ from pipeline.cli.common import (
     settings_options,
     stop_on_signals,
 )
-from pipeline.estimate import REPLY_SHARE
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
@@ -163,6 +162,7 @@ def _run_stages(
 def _dry_run(console: Console, run: Path, settings: Settings, names: Sequence[str], limit: int | None) -> None:
     """Counts what the call would ask for, from the sources or the prompts that the run already has."""
     from pipeline import recipe
+    from pipeline.estimate import REPLY_SHARE
 
     estimate = recipe.estimate_job(run, settings, names, limit)
     console.report["counts"] = estimate._asdict()
