@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline import recipe
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
+from pipeline.journal import Journal
+from pipeline.records import Outcome, Record
 from pipeline.stages.export import export_run
 from pipeline.store import RunFolder
 
@@ -52,11 +56,13 @@ class Command:
             **options,
         )
 
-    def __call__(self, *args: str | Path, fault: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-        """Runs it to its end; a process that hangs is killed after a minute."""
+    def __call__(
+        self, *args: str | Path, fault: str = "", timeout: float = 60, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs it to its end; a process that hangs is killed after `timeout` seconds."""
         process = self.start(*args, fault=fault, **options)
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=timeout)
         finally:
             kill_group(process)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
@@ -185,3 +191,39 @@ class Told:
 
     def kinds(self) -> Counter[str]:
         return Counter(request.kind for request in self.requests)
+
+
+def label_reply(probabilities: dict[str, float], method: str = "logprobs") -> Reply:
+    """A reply to a label request."""
+    return Reply("", "labels", (), {label: math.log(p) for label, p in probabilities.items() if p > 0}, method)
+
+
+def a_or_b(p_first: float, mass: float = 1.0) -> Reply:
+    """What a judge says who finds the answer shown first better with `p_first`."""
+    return label_reply({"A": mass * p_first, "B": mass * (1 - p_first)})
+
+
+_SHOWN = re.compile(r"(?s) answer A\n(.*?)\n~:~ \w+ answer B\n(.*?)\n~:~ ")
+
+
+def shown(request: Request) -> tuple[str, str]:
+    """The two answers in a comparison request, in the order shown."""
+    found = _SHOWN.search(request.prompt if isinstance(request.prompt, str) else request.prompt[0]["content"])
+    assert found, request
+    return found[1], found[2]
+
+
+def run_stage(folder: Path, stage: Callable[..., Awaitable[Outcome]], record: Record, **options: Any) -> Outcome:
+    """One record through one stage, over a journal in `folder`."""
+
+    async def whole() -> Outcome:
+        journal = Journal(folder)
+        await journal.start()
+        segment = journal.open(0)
+        try:
+            return await stage(record, lambda engine, request: journal.ask(engine, request, segment, 0), **options)
+        finally:
+            await journal.release(segment)
+            await journal.close()
+
+    return asyncio.run(whole())
