@@ -38,11 +38,12 @@ SATISFIED_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Job:
-    """One call on one run folder."""
+    """One call on one run folder. frozen: refuse to redo anything that was made from other inputs."""
 
     run: RunFolder
     settings: Settings
     constitution: Constitution
+    frozen: bool = False
 
 
 def resolve(run: Path, config: Path | None, assignments: Sequence[str], flags: dict[str, Any]) -> Settings:
@@ -63,7 +64,7 @@ def open_job(path: Path, settings: Settings, *, frozen: bool = False) -> tuple[J
         changed.append("constitution: the text of its principles or wording")
     if frozen and changed:
         raise UsageError(f"{run.path}: --frozen, but the inputs changed: {'; '.join(changed)}")
-    return Job(run, settings, constitution), changed
+    return Job(run, settings, constitution, frozen), changed
 
 
 def keep_inputs(job: Job) -> None:
@@ -206,6 +207,8 @@ def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s
         raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
     engines = Engines(job.constitution)
     stages = build_stages(job, engines, names)
+    if job.frozen:
+        _check_frozen(job, stages)
     keep_inputs(job)
     usage: Counter[str] = Counter()
     budget = job.settings.run.budget_tokens
@@ -220,6 +223,17 @@ def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s
     window = max(2, engines.concurrency)
     driver = Driver(job.run, stages, journal, window=window, limit=limit, inputs=inputs, grace_s=grace_s)
     return Chain(stages, engines, journal, driver, usage)
+
+
+def _check_frozen(job: Job, stages: Sequence[Stage]) -> None:
+    """UsageError if a stage depends on something else than before: a model's content, since the settings are equal."""
+    for stage in stages:
+        manifest = job.run.manifest(stage.name)
+        if manifest and manifest.fingerprint != stage.writer.fingerprint:
+            raise UsageError(
+                f"{stage.writer.folder}: --frozen, but the model that {stage.name} asks, or a stage before it, has "
+                "changed; leave --frozen out to make it anew"
+            )
 
 
 def _first(names: Sequence[str]) -> int:
