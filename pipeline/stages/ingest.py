@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError, ResourceError, UsageError
 from pipeline.records import Line, digest
 from pipeline.sources import Counts, Row, Spec, mix, source_digest
 from pipeline.store import RunFolder, StageWriter
@@ -43,7 +45,7 @@ def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int
     if writer.extra.get("begun", {}).get("sources") != reading:
         writer.extra["begun"] = {"sources": reading, "parts": len(writer.parts)}
     counts = Counts()
-    with _Ids() as ids:
+    with _room_for_ids(), _Ids() as ids:
         for number, part in enumerate(writer.parts):
             state = "known" if number < writer.extra["begun"]["parts"] else "published"
             for line in run.read_part("prompts", part):
@@ -56,6 +58,14 @@ def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int
     writer.extra.setdefault("readings", []).append({"sources": reading, **result._asdict()})
     writer.write_manifest()
     return result
+
+
+@contextmanager
+def _room_for_ids() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ResourceError(f"{tempfile.gettempdir()}: {error}; free some room there, or set TMPDIR") from error
 
 
 def _line(row: Row) -> Line:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.records import message_id
 from pipeline.sources import Spec
 from pipeline.stages.ingest import Ingested, ingest
@@ -140,3 +141,18 @@ def test_turns_that_were_merged_are_counted(tmp_path: Path, run: RunFolder) -> N
     turns = [{"role": "user", "content": "One."}, {"role": "user", "content": "Two?"}]
     assert take(run, file_of(tmp_path / "p.jsonl", {"messages": turns})).merged_turns == 1
     assert texts(run) == ["One.\n\nTwo?"]
+
+
+def test_no_room_for_the_ids_seen_is_a_full_disk(
+    tmp_path: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+
+    def small(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.execute("PRAGMA max_page_count=2")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(ResourceError, match="database or disk is full; free some room there"):
+        take(run, file_of(tmp_path / "p.jsonl", *questions(0, 500)))
