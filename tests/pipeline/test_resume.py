@@ -185,6 +185,19 @@ def test_frozen_refuses_what_changed_and_shows_it(cai: Command, usual: Path) -> 
     assert (config["generate"]["samples"], config["run"]["seed"]) == (2, 0)
 
 
+def test_frozen_refuses_another_model_under_the_same_name(cai: Command, usual: Path) -> None:
+    script = cai.folder / "script.yaml"
+    script.write_text("{}")
+    settings = ["--set", "engine.backend=scripted", "--set", f"engine.script={script}"]
+    args = ["generate", "--run", "r", "--prompts", usual.parent / "p.jsonl", *settings]
+    assert cai(*args).returncode == 0
+    script.write_text("salt: other weights")
+    refused = cai(*args, "--frozen")
+    assert refused.returncode == 2
+    assert "--frozen, but the model that generate asks, or a stage before it, has changed" in refused.stderr
+    assert cai(*args).returncode == 0
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -206,13 +219,15 @@ def nth_line(path: Path, number: int) -> int:
         ("rank/part-00000.jsonl", 3, ["export"]),
         ("rank/manifest.json", 0, ["rank"]),
         ("prompts/manifest.json", 0, ["generate"]),
+        ("failed/generate.jsonl", 1, ["show"]),
     ],
 )
 def test_a_flipped_bit_is_found_and_nothing_is_built_on_it(
     cai: Command, tmp_path: Path, file: str, number: int, command: list[str]
 ) -> None:
-    run = tmp_path / "r"
-    play(run, tree(write_prompts(tmp_path / "p.jsonl", 10)))
+    run, script = tmp_path / "r", tmp_path / "script.yaml"
+    script.write_text("rules: [{last: 'Question 3:', text: ''}]")
+    play(run, tree(write_prompts(tmp_path / "p.jsonl", 10), engine={"script": str(script)}))
     flip(run / file, nth_line(run / file, number))
     before = {name: sha for name, sha in published(run).items() if name != file}
     found = cai(command[0], "--run", "r", *command[1:])
