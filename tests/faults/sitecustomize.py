@@ -5,7 +5,7 @@ or mkdir; with PLACE only those count whose name and file, such as `fsync /x/run
 
     before, after    SIGKILL just before it or just after it
     torn             a write: half of the bytes, then SIGKILL; any other call: as `before`
-    enospc, eio      this call and all that count after it fail with that error
+    enospc, eio, …   this call and all that count after it fail with that error
     count            nothing; name and file of every call are appended to the file FAULT_LOG
 """
 
@@ -43,8 +43,8 @@ def _wrapped(name, call):
         if _kind == "count" or _place not in _describe(name, args[0]):
             return call(*args, **kwargs)
         number = next(_numbers)
-        if _kind in ("enospc", "eio") and number >= int(_at):
-            code = errno.ENOSPC if _kind == "enospc" else errno.EIO
+        code = getattr(errno, _kind.upper(), 0)
+        if code and number >= int(_at):
             raise OSError(code, os.strerror(code))
         if number == int(_at) and _kind in ("before", "torn"):
             if _kind == "torn" and name == "write":

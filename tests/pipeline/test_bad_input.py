@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.errors import UsageError
-from pipeline.store import io_errors
 from tests.support import Command, Server, kill_group, lines, published, wait_for, write_prompts
 
 Serve = Callable[..., Server]
@@ -170,16 +168,23 @@ def test_a_second_run_on_the_same_folder_is_told_who_holds_it(cai: Command, serv
 
 
 def test_a_folder_that_cannot_be_written_is_refused_with_its_path(cai: Command) -> None:
-    # A file in the folder's place: even root, who may write into a read-only folder, cannot make one there.
+    args = ["--prompts", write_prompts(cai.folder / "p.jsonl", 2), *SCRIPTED]
     (cai.folder / "file").write_text("")
-    prompts = write_prompts(cai.folder / "p.jsonl", 2)
-    message = refusal(cai("run", "--run", "file/r", "--prompts", prompts, *SCRIPTED))
-    assert "file/r" in message
-    with (
-        pytest.raises(UsageError, match=r"runs/a: Read-only file system; choose a folder that can be written"),
-        io_errors("runs/a"),
-    ):
-        raise OSError(30, os.strerror(30))
+    assert "file/r: " in refusal(cai("run", "--run", "file/r", *args))
+    # In /sys nobody can make a folder, not even root.
+    message = refusal(cai("run", "--run", "/sys/r", *args))
+    assert "/sys/r: " in message
+    assert "choose a folder that can be written" in message
+
+
+def test_a_run_that_became_read_only_is_refused_with_its_path(cai: Command) -> None:
+    assert (
+        cai("generate", "--run", "r", "--prompts", write_prompts(cai.folder / "p.jsonl", 2), *SCRIPTED).returncode == 0
+    )
+    before = published(cai.folder / "r")
+    message = refusal(cai("rank", "--run", "r", fault=f"erofs:1: {cai.folder}/r"))
+    assert message.startswith("cai: r/lock: Read-only file system; choose a folder that can be written")
+    assert published(cai.folder / "r") == before
 
 
 def test_a_refused_call_leaves_a_finished_run_as_it_was(cai: Command) -> None:
