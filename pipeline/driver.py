@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.engines.base import Engine, Reply, Request
-from pipeline.errors import CorruptError, StoppedError
+from pipeline.errors import PASSING_REASONS, CorruptError, StoppedError
 from pipeline.journal import Journal, Segment
 from pipeline.records import Line, Outcome, Record
 from pipeline.store import RunFolder, StageWriter, failure_lines
@@ -93,9 +93,11 @@ class Driver:
         self._open: deque[Shard] = deque()
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
+        self._stopped_for = ""
 
-    def stop(self) -> None:
+    def stop(self, reason: str = "on request") -> None:
         """Admit nothing new, let what is in flight finish. Safe to call from a signal handler of the loop."""
+        self._stopped_for = self._stopped_for or reason
         self.journal.stopping = True
         self._changed.set()
 
@@ -236,8 +238,8 @@ class Driver:
             self.progress.in_flight = len(self._tasks)
             if self._error:
                 raise self._error
-            if self.journal.stopping:
-                raise StoppedError("stopped on request; the same command goes on from here")
+            if self.journal.stopping and self._open:
+                raise StoppedError(f"stopped {self._stopped_for}; the same command goes on from here")
             if holds():
                 return
             self._changed.clear()
@@ -291,6 +293,7 @@ def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
             num_failed += 1
         else:
             num_filtered += 1
+        tally.update("passing" for failure in outcome.failures if failure.reason in PASSING_REASONS)
     stage.writer.publish(
         shard.number,
         lines,

@@ -60,6 +60,10 @@ class EngineDown(StoppedError):
     """The engine stopped answering, after all retries."""
 
 
+PASSING_REASONS = frozenset({"timeout", "server_error", "bad_reply"})
+"""Reasons of a RequestFailed that may be gone the next time; a later call asks again what failed for one of them."""
+
+
 class RequestFailed(CaiError):
     """One request cannot be answered, now or later; the sample that asked for it fails with this reason.
 

@@ -47,8 +47,15 @@ class Job:
 
 
 def resolve(run: Path, config: Path | None, assignments: Sequence[str], flags: dict[str, Any]) -> Settings:
-    """The settings of a call on a run folder: its own from earlier calls; file, environment and flags over them."""
-    return read_layers(run / "config.yaml", config, assignments, flags)
+    """The settings of a call on a run folder, with files by their full paths, so that later calls find them too."""
+    settings = read_layers(run / "config.yaml", config, assignments, flags)
+    sources = tuple(
+        source if source.path.startswith("hf:") else source.model_copy(update={"path": os.path.abspath(source.path)})
+        for source in settings.prompts.sources
+    )
+    constitution = settings.constitution and os.path.abspath(settings.constitution)
+    prompts = settings.prompts.model_copy(update={"sources": sources})
+    return settings.model_copy(update={"constitution": constitution, "prompts": prompts})
 
 
 def open_job(path: Path, settings: Settings, *, frozen: bool = False) -> tuple[Job, list[str]]:
@@ -120,13 +127,18 @@ class Engines:
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
-        is_nano = settings.model == "nano"
+        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers")
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
             found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
             self._open[key] = open_engine(found, name="nano" if is_nano else None)
         default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
         return Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+
+    @property
+    def neutralised(self) -> int:
+        """Texts of special tokens in prompts that were sent as plain text."""
+        return sum(engine.neutralised for engine in self._open.values())
 
     @property
     def concurrency(self) -> int:
@@ -185,7 +197,7 @@ def _rank_needs(upstream: dict[str, str]) -> tuple[str, ...]:
 
 
 def _identity(voice: Voice) -> list[Any]:
-    return [voice.engine.fingerprint, voice.style, voice.max_tokens]
+    return [voice.engine.fingerprint, voice.engine.context, voice.style, voice.max_tokens]
 
 
 @dataclass
@@ -216,7 +228,7 @@ def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s
     def count(reply: Reply) -> None:
         usage.update(reply.usage._asdict())
         if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
-            driver.stop()
+            driver.stop("at run.budget_tokens")
 
     journal = Journal(job.run.path / "journal", on_reply=count)
     # A record asks for several things at once, so fewer records than places keep the engine full.
@@ -258,7 +270,7 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
     loop.add_signal_handler(signal.SIGINT, interrupted)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         loop.add_signal_handler(number, chain.driver.stop)
-    timer = loop.call_later(max_time, chain.driver.stop) if max_time else None
+    timer = loop.call_later(max_time, chain.driver.stop, "at run.max_time") if max_time else None
     watcher = asyncio.ensure_future(watch(chain))
     try:
         await chain.engines.start()
@@ -271,16 +283,23 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
         await chain.engines.close()
 
 
+_SHARES = (("failed", "in"), ("filtered", "in"), ("lost_samples", "samples"), ("lost_comparisons", "comparisons"))
+"""Counts of losses, and of what each is a share of."""
+
+
 def check_shares(job: Job, names: Sequence[str]) -> None:
-    """IncompleteError (3) if a stage failed more records than `run.max_failed_share` allows."""
+    """IncompleteError (3) if a stage lost more than `run.max_failed_share` of its records, samples or comparisons."""
+    allowed = job.settings.run.max_failed_share
     for name in names:
         manifest = job.run.manifest(name)
         counts = manifest.counts if manifest else Counter[str]()
-        if counts["failed"] > job.settings.run.max_failed_share * counts["in"]:
-            raise IncompleteError(
-                f"{name}: {counts['failed']} of {counts['in']} records failed, more than run.max_failed_share "
-                f"({job.settings.run.max_failed_share:.0%}); see {job.run.losses_path('failed', name)}"
-            )
+        for lost, total in _SHARES:
+            if counts[lost] > allowed * counts[total]:
+                state = "filtered" if lost == "filtered" else "failed"
+                raise IncompleteError(
+                    f"{name}: {lost.replace('_', ' ')} {counts[lost]} of {counts[total]}, more than "
+                    f"run.max_failed_share ({allowed:.0%}); see {job.run.losses_path(state, name)}"
+                )
 
 
 def satisfied_drafts(job: Job) -> float | None:

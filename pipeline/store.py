@@ -242,13 +242,14 @@ class StageWriter:
     def has(self, number: int, prompts: int, inputs: Mapping[str, str]) -> bool:
         """Whether part `number` stands, covers `prompts` prompts and was made from these `inputs` (see `publish`).
 
-        If not, it and those after it are forgotten.
+        If not, or if it has failures that may be gone by now (tally `passing`), it and those after it are forgotten.
         """
         if number < len(self.parts):
             part = self.parts[number]
             path = self.folder / part["file"]
             is_whole = path.exists() and path.stat().st_size == part["bytes"]
-            if is_whole and part["prompts"] >= prompts and part["inputs"] == inputs:
+            is_final = is_whole and not part["counts"].get("passing")
+            if is_final and part["prompts"] >= prompts and part["inputs"] == inputs:
                 return True
             self._lists_others = True
             del self.parts[number:]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.common import Console, command, run_option
+from pipeline.cli.common import Console, command, printable, run_option
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _BALANCE = ("in", "ok", "filtered", "failed")
 @command("status", help="Show how far a run is, what is left to do, and the command that does it.")
 @run_option()
 def status_command(console: Console, *, run: Path) -> None:
+    from pipeline.calllog import last_call
     from pipeline.standing import standing
     from pipeline.store import RunFolder
 
@@ -30,6 +32,10 @@ def status_command(console: Console, *, run: Path) -> None:
     _report(console, found)
     for line in _status_lines(found):
         console.show(line)
+    if call := last_call(run):
+        console.report["outputs"]["last_call"] = call
+        how = call["error"] or "done"
+        console.show(printable(f"last call, {call['time']}: cai {shlex.join(call['argv'])} ({how})"))
 
 
 def _report(console: Console, found: Standing) -> None:

@@ -79,6 +79,20 @@ def show_ingest(console: Console, ingested: Ingested | None) -> None:
     )
 
 
+def show_work(console: Console, chain: Chain) -> None:
+    """What this call asked, and what it had from the journal."""
+    work = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
+    work["neutralised"] = chain.engines.neutralised
+    console.report["counts"]["work"] = work
+    cached = f" ({work['cached_tokens']} from the cache)" if work.get("cached_tokens") else ""
+    console.say(
+        f"asked: {work['replies']} replies, {work['replayed']} more from the journal; "
+        f"tokens in {work.get('prompt_tokens', 0)}{cached}, out {work.get('completion_tokens', 0)}"
+    )
+    if work["neutralised"]:
+        console.say(f"special tokens in prompts, sent as plain text: {work['neutralised']}")
+
+
 def show_counts(console: Console, job: Job, names: Sequence[str]) -> None:
     """The balance of every stage: in = ok + filtered + failed, and the stage's own tallies."""
     for name in names:

@@ -74,13 +74,15 @@ def export_command(
     console: Console, *, run: Path, config: Path | None, assignments: Sequence[str], format_: str | None
 ) -> None:
     from pipeline import recipe
+    from pipeline.calllog import logged
     from pipeline.lock import locked
     from pipeline.store import RunFolder
 
+    stop_on_signals()
     RunFolder(run)
     flags = {"export": {"format": format_}} if format_ else {}
     settings = recipe.resolve(run, config, assignments, flags)
-    with locked(run):
+    with locked(run), logged(run, console.report):
         job, _ = recipe.open_job(run, settings)
         _export(console, job)
 
@@ -125,6 +127,7 @@ def _run_stages(
     export: bool = False,
 ) -> None:
     from pipeline import recipe
+    from pipeline.calllog import logged
     from pipeline.cli import progress
     from pipeline.lock import locked
     from pipeline.store import RunFolder
@@ -141,17 +144,21 @@ def _run_stages(
     stop_on_signals()
     is_first = bool(prompts) or "generate" in names
     RunFolder(run, create=is_first)
-    with locked(run):
+    with locked(run), logged(run, console.report):
         job, changed = recipe.open_job(run, settings, frozen=frozen)
         for line in changed:
             console.say(f"changed since the last call: {line}")
         if is_first:
-            progress.show_ingest(console, recipe.ingest_prompts(job, limit))
+            ingested = recipe.ingest_prompts(job, limit)
+            progress.show_ingest(console, ingested)
+            # A reading that brought new prompts was itself limited; they may stand behind older ones.
+            limit = None if ingested and ingested.new else limit
         chain = recipe.prepare(job, names, limit=limit, grace_s=grace)
         try:
             asyncio.run(recipe.run_chain(chain, max_time=settings.run.max_time, watch=progress.watcher(console)))
         finally:
             stop_on_signals()
+            progress.show_work(console, chain)
             progress.show_counts(console, job, names)
         progress.show_satisfied(console, job, names)
         if export:

@@ -1,4 +1,4 @@
-"""Settings from their layers: flag, environment, file, the run's own config.yaml, default; the first to speak wins."""
+"""Settings from their layers: flag, environment, file, default; the first that speaks wins."""
 
 from __future__ import annotations
 
@@ -163,7 +163,8 @@ def _known_keys(where: tuple[str, ...]) -> list[str]:
 def dump(settings: Settings) -> bytes:
     """YAML of all settings, defaults included; reading it gives the same settings."""
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    return ("# Settings as resolved at the last call. Written by cai; later calls start from them.\n" + text).encode()
+    header = "# Settings as resolved at the last call; later calls read them where there is no cai.yaml.\n"
+    return (header + text).encode()
 
 
 def differences(before: Settings, after: Settings) -> list[str]:
@@ -181,18 +182,16 @@ def read_file(path: Path) -> Settings:
 
 
 def read_layers(run_config: Path | None, config: Path | None, assignments: Iterable[str], flags: Tree) -> Settings:
-    """The settings of one call.
+    """The settings of one call: flags, --set, the environment, and one file; the first that speaks wins.
 
-    run_config: what an earlier call of the same run resolved. config: --config, or None for `cai.yaml` if it is there.
-    flags: what the command line's own options say.
+    The file is --config, or `cai.yaml` if this folder has one, or else `run_config`: what the last call on the same run
+    resolved.
     """
     layers = Layers()
-    if run_config is not None and run_config.exists():
-        layers.add_file(run_config)
-    if config is not None:
-        layers.add_file(config)
-    elif Path("cai.yaml").exists():
-        layers.add_file(Path("cai.yaml"))
+    for file in (config, Path("cai.yaml"), run_config):
+        if file is not None and (file == config or file.exists()):
+            layers.add_file(file)
+            break
     layers.add_environment(os.environ)
     layers.add_assignments(assignments)
     layers.add(flags, "command line")
