@@ -41,21 +41,22 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert settings.run.max_failed_share == 0.01
 
 
-def test_a_flag_beats_the_environment_beats_the_file_beats_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, config = "run: {seed: 1}\ngenerate: {samples: 7}\n", "run: {seed: 2}\n"
-    assert read(run=run).run.seed == 1
-    assert read(run=run, config=config).run.seed == 2
-    assert read(run=run, config=config).generate.samples == 7
+def test_a_flag_beats_an_assignment_beats_the_environment_beats_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = "run: {seed: 2}\n"
+    assert read(config=config).run.seed == 2
     monkeypatch.setenv("CAI_RUN_SEED", "3")
-    assert read(run=run, config=config).run.seed == 3
-    assert read("run.seed=4", run=run, config=config).run.seed == 4
-    assert read("run.seed=4", run=run, config=config, flags={"run": {"seed": 5}}).run.seed == 5
+    assert read(config=config).run.seed == 3
+    assert read("run.seed=4", config=config).run.seed == 4
+    assert read("run.seed=4", config=config, flags={"run": {"seed": 5}}).run.seed == 5
 
 
-def test_cai_yaml_in_the_folder_is_read_unless_another_file_is_named() -> None:
+def test_one_file_is_read_the_given_one_or_cai_yaml_or_that_of_the_last_call() -> None:
+    run = "run: {seed: 1}\ngenerate: {samples: 7}\n"
+    assert (read(run=run).run.seed, read(run=run).generate.samples) == (1, 7)
     Path("cai.yaml").write_text("run: {seed: 8}\n")
-    assert read().run.seed == 8
-    assert read(config="generate: {samples: 3}\n").run.seed == 0
+    assert (read(run=run).run.seed, read(run=run).generate.samples) == (8, 2)
+    settings = read(run=run, config="generate: {samples: 3}\n")
+    assert (settings.run.seed, settings.generate.samples) == (0, 3)
 
 
 def test_environment_names_are_section_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
