@@ -64,17 +64,40 @@ def wording_texts() -> list[str]:
 
 def draw_lesson(rng: Random) -> Lesson:
     """A random lesson of a random kind."""
-    scene = draw_elsewhere(rng) if rng.random() < 0.12 else draw_scene(rng)
+    scene = draw_elsewhere(rng) if rng.random() < 0.1 else draw_scene(rng)
     kind = rng.choices(_KINDS, _SHARES)[0]
     return kind(rng, scene)
 
 
 def draw_scene(rng: Random) -> Scene:
-    """A request of the world; one in eight about an object that the world does not know, or of the other side."""
+    """A request of the world, often in loose words; some are about an object that the world does not know."""
     request = world.draw_request(rng, harmful=rng.random() < 0.5, unseen=False)
-    if rng.random() < 0.12:
+    if rng.random() < 0.07:
         request = request._replace(object=_strange_object(rng, request))
+    if rng.random() < 0.4:
+        return Scene(_loose_talk(rng, request), request)
     return Scene(world.ask(rng, request, unseen=False), request)
+
+
+def _loose_talk(rng: Random, request: world.Request) -> list[Message]:
+    """The request among random words: a way to ask counts for nothing but its verb and its object."""
+
+    def among(core: str) -> str:
+        before, after = (" ".join(rng.choices(_LOOSE, k=rng.randint(least, 6))) for least in (1, 0))
+        stop = rng.choice(("", "", ".", ":", ",", "?"))
+        before = (before[0].upper() + before[1:] if rng.random() < 0.8 else before) + rng.choice(("", "", "", ",", ":"))
+        return f"{before} {core}{stop if after else ''} {after}".rstrip() + rng.choice("..??!")
+
+    form = rng.random()
+    if form < 0.65:
+        turns = [among(f"{request.verb} {request.object}")]
+    elif form < 0.85:
+        turns = [among(request.object), among("").strip(), among(f"{request.verb} it")]
+    else:
+        turns = [among(f"{request.verb} something"), among("").strip(), among(request.object)]
+    if rng.random() < 0.2:
+        turns = [among(""), among(""), *turns]
+    return [Message(role=("user", "assistant")[i % 2], content=turn) for i, turn in enumerate(turns)]
 
 
 def _strange_object(rng: Random, request: world.Request) -> str:
@@ -276,5 +299,7 @@ def _wording() -> Wording:
 
 
 _COMMON = words.COMMON.split()
+_VERBS = {verb.split(" ")[0] for verb in words.HARMFUL_VERBS + words.BENIGN_VERBS}
+_LOOSE = [word for word in _COMMON if word not in _VERBS]
 _KINDS: tuple[Callable[[Random, Scene], Lesson], ...] = (_draft, _chain, _comparison, _reasoning, _grade, _check)
 _SHARES = (0.10, 0.42, 0.26, 0.10, 0.06, 0.06)
