@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.config.load import read_file
 from pipeline.lock import Holder, holder
 from pipeline.recipe import DATA_STAGES
 from pipeline.stages.cards import DATASETS
 from pipeline.stages.datasets_out import read_card
+from pipeline.stages.export import identity
 from pipeline.store import Manifest, RunFolder
 
 
@@ -49,7 +51,7 @@ def standing(run: RunFolder) -> Standing:
     cards = {name: read_card(run.path / "datasets" / name) for name in DATASETS}
     datasets = {name: _dataset(card) for name, card in cards.items() if card}
     prompts = stages["prompts"].covered if "prompts" in stages else 0
-    to_do, words = _rest(prompts, stages, datasets)
+    to_do, words = _rest(prompts, stages, is_exported=_is_exported(run, prompts, datasets))
     return Standing(prompts, stages, datasets, holder(run.path), to_do, _command(run, words))
 
 
@@ -69,14 +71,22 @@ def _inputs(before: Sequence[str], manifests: dict[str, Manifest], number: int) 
     return {name: found[number]["sha256"] if number < len(found) else None for name, found in parts.items()}
 
 
+def _is_exported(run: RunFolder, prompts: int, datasets: dict[str, DatasetStanding]) -> bool:
+    """Whether the datasets are there and were made from what the stages hold now, under the settings of the last call."""
+    path, config = run.path / "export.json", run.path / "config.yaml"
+    exported = sum(datasets["chains"].rows.values()) if "chains" in datasets else 0
+    if exported != prompts or not path.exists() or not config.exists():
+        return False
+    settings = read_file(config)
+    return path.read_bytes() == identity(run, settings.export, tie_band=settings.rank.tie_band)
+
+
 def _dataset(card: dict[str, Any]) -> DatasetStanding:
     rows = {name.removesuffix(".parquet"): entry["rows"] for name, entry in card["files"].items()}
     return DatasetStanding(card["version"], rows)
 
 
-def _rest(
-    prompts: int, stages: dict[str, StageStanding], datasets: dict[str, DatasetStanding]
-) -> tuple[list[str], Sequence[str]]:
+def _rest(prompts: int, stages: dict[str, StageStanding], *, is_exported: bool) -> tuple[list[str], Sequence[str]]:
     """What is left to do, and the words of the command that does it or, of a complete run, that reads it."""
     if not prompts:
         return ["no prompts yet"], ("run", "--prompts", "FILE", "--model", "MODEL")
@@ -88,8 +98,7 @@ def _rest(
         if "generate" not in stages:
             del missing["generate"]
     to_do = [f"{name}: {number} of {prompts} prompts" for name, number in missing.items() if number > 0]
-    exported = sum(datasets["chains"].rows.values()) if "chains" in datasets else 0
-    if to_do or exported != prompts:
+    if to_do or not is_exported:
         to_do.append("export")
     if not to_do:
         return [], ("show",)

@@ -89,9 +89,11 @@ def export_command(
 
 def _export(console: Console, job: Job) -> None:
     """Writes the datasets and prints what came out, and what was left out and why."""
+    from pipeline import recipe
     from pipeline.stages.export import export_run
 
     report = export_run(job.run, job.settings.export, tie_band=job.settings.rank.tie_band)
+    recipe.keep_inputs(job)
     splits = {name: report.prompts[name] for name in ("sft", "preference", "test")}
     console.show("split: " + ", ".join(f"{name} {count} prompts" for name, count in splits.items()))
     counts: dict[str, Any] = {"split": splits}

@@ -18,13 +18,15 @@ from typing import Any
 
 from pipeline.config.settings import ExportSettings, HelpfulSettings, SplitSettings
 from pipeline.errors import CorruptError, IncompleteError
-from pipeline.records import Line, Message, digest
+from pipeline.records import Line, Message, canonical, digest
 from pipeline.sources import Spec, read
 from pipeline.stages.cards import DATASETS, card_text, schemas
 from pipeline.stages.datasets_out import DatasetWriter, Published
 from pipeline.stages.filters import is_same, why_not
 from pipeline.stages.rows import Pair, Target, Trace, candidate_targets, pairs, sft_targets
-from pipeline.store import RunFolder
+from pipeline.store import RunFolder, io_errors, sync_folder, write_atomic
+
+STAGES = ("generate", "critique-revise", "rank")
 
 
 @dataclass
@@ -58,9 +60,19 @@ class ExportReport:
 
 
 def export_run(run: RunFolder, settings: ExportSettings, *, tie_band: float) -> ExportReport:
-    """Exports what a run has published."""
-    stages = {name: run.read(name) if run.manifest(name) else None for name in ("generate", "critique-revise", "rank")}
-    return export(
+    """Exports what a run has published. UsageError if a stage was made from lines that have changed since.
+
+    `export.json` says what the datasets were made from. It is written last, and is away while they change.
+    """
+    for name in STAGES:
+        run.check_inputs(name)
+    stages = {name: run.read(name) if run.manifest(name) else None for name in STAGES}
+    path, made_from = run.path / "export.json", identity(run, settings, tie_band=tie_band)
+    if path.exists() and path.read_bytes() != made_from:
+        with io_errors(path):
+            path.unlink()
+            sync_folder(run.path)
+    report = export(
         run.path / "datasets",
         run.read("prompts"),
         drafts=stages["generate"],
@@ -69,6 +81,19 @@ def export_run(run: RunFolder, settings: ExportSettings, *, tie_band: float) -> 
         settings=settings,
         tie_band=tie_band,
     )
+    if not path.exists():
+        write_atomic(path, made_from)
+    return report
+
+
+def identity(run: RunFolder, settings: ExportSettings, *, tie_band: float) -> bytes:
+    """What an export depends on, as `export.json` holds it: a hash of each stage's parts, and one of the settings."""
+    parts = {name: [part["sha256"] for part in run.parts(name)] for name in ("prompts", *STAGES)}
+    content = {
+        "inputs": {name: digest(found) for name, found in parts.items() if found},
+        "settings": digest([settings.model_dump(mode="json"), tie_band]),
+    }
+    return canonical(content) + b"\n"
 
 
 def export(

@@ -157,6 +157,18 @@ def test_lines_are_never_built_on_others_than_they_were_made_from(cai: Command, 
     assert published(run, STAGES) == published(tmp_path / "s", STAGES)
 
 
+def test_datasets_are_never_built_on_lines_whose_own_source_has_changed(cai: Command, tmp_path: Path) -> None:
+    prompts, run = write_prompts(tmp_path / "p.jsonl", 10), tmp_path / "r"
+    play(run, tree(prompts), ("generate", "critique-revise"), export=False)
+    play(run, tree(prompts, run={"seed": 5}), ("generate",), export=False)
+    refused = cai("export", "--run", "r", "--set", "export.pairs=revision-draft")
+    assert refused.returncode == 2
+    assert "run `cai critique-revise --run r` first" in refused.stderr
+    assert not (run / "datasets").exists()
+    assert cai("critique-revise", "--run", "r").returncode == 0
+    assert cai("export", "--run", "r", "--set", "export.pairs=revision-draft").returncode in (0, 3)
+
+
 def test_a_record_that_came_back_is_not_missing_from_the_stages_after_it(tmp_path: Path, serve: Serve) -> None:
     run, sections = tmp_path / "r", tree(write_prompts(tmp_path / "p.jsonl", 6), generate={"samples": 1})
     slow, well = serve("rules: [{last: 'Question 3:', faults: [{kind: hang}]}]"), serve()

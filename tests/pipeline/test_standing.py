@@ -77,6 +77,35 @@ def test_a_ranking_of_drafts_is_to_do_again_once_they_were_revised(cai: Command,
     assert standing(RunFolder(run)).to_do == ["rank: 6 of 6 prompts", "export"]
 
 
+def test_datasets_made_from_something_that_changed_are_to_do_again(cai: Command, run: Path) -> None:
+    assert cai("run", "--run", "r").returncode == 0
+    assert standing(RunFolder(run)).to_do == []
+    assert cai("rank", "--run", "r", "--set", "rank.principles=all").returncode == 0
+    assert standing(RunFolder(run)).to_do == ["export"]
+    assert "export" in cai("status", "--run", "r").stdout
+    assert cai("export", "--run", "r").returncode == 0
+    assert standing(RunFolder(run)).to_do == []
+    cai("rank", "--run", "r", "--set", "export.margin=0.2")
+    assert standing(RunFolder(run)).to_do == ["export"]
+
+
+def test_datasets_exported_under_other_settings_are_those_of_the_run(cai: Command, run: Path) -> None:
+    cai("run", "--run", "r")
+    before = {path: path.read_bytes() for path in [run / "export.json", *(run / "datasets").rglob("*.md")]}
+    assert cai("export", "--run", "r").returncode == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert cai("export", "--run", "r", "--format", "text").returncode == 0
+    assert (run / "export.json").read_bytes() != before[run / "export.json"]
+    assert standing(RunFolder(run)).to_do == []
+
+
+def test_an_export_that_was_killed_is_to_do_again(cai: Command, run: Path) -> None:
+    cai("run", "--run", "r")
+    cai("export", "--run", "r", "--format", "text", fault=f"before:1:replace {run}/datasets/ranked/.README")
+    assert not (run / "export.json").exists()
+    assert standing(RunFolder(run)).to_do == ["export"]
+
+
 def test_a_folder_with_a_space_in_its_name_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "my runs").mkdir()
     found = standing(RunFolder(tmp_path / "my runs" / "r", create=True))
