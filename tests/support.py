@@ -170,6 +170,7 @@ class Told:
     """An engine that answers with what a function says of a request: a text, or a whole reply. Keeps the requests."""
 
     context = None
+    neutralised = 0
 
     def __init__(self, say: Callable[[Request], str | Reply], *, name: str = "told", concurrency: int = 8) -> None:
         self.say = say

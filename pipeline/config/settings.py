@@ -142,5 +142,17 @@ class Settings(Section):
     run: RunSettings = RunSettings()
 
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:
-        """The engine section with what another one says differently."""
-        return EngineSettings.model_validate({**self.engine.model_dump(), **section})
+        """The engine section with what another one says differently.
+
+        A key belongs to the endpoint it was named with: a section that names another one and no `api_key_env` of its
+        own sends none (`api_key_env` is then empty).
+        """
+        found = EngineSettings.model_validate({**self.engine.model_dump(), **section})
+        if "api_key_env" in section or _origins(found) == _origins(self.engine):
+            return found
+        return found.model_copy(update={"api_key_env": ""})
+
+
+def _origins(engine: EngineSettings) -> list[str]:
+    """What stands before the path of each address: equal texts are one origin, whatever a URL parser makes of them."""
+    return ["/".join(url.split("/", 3)[:3]).lower() for url in engine.base_urls]

@@ -71,12 +71,14 @@ class Engine(Protocol):
     name: as written into records (`model`). context: longest prompt plus reply in tokens, None if unknown.
     fingerprint: canonical-JSON-able identity of what answers: configuration, tokenizer, template and weights by
         content, never a URL or a path. concurrency: how many requests it wants in flight.
+    neutralised: how many texts of control tokens in prompts were made plain text so far.
     """
 
     name: str
     context: int | None
     fingerprint: dict[str, str]
     concurrency: int
+    neutralised: int
 
     async def start(self) -> object:
         """Called once before the first request: EngineRefused or EngineDown at once rather than later."""

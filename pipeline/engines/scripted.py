@@ -40,6 +40,7 @@ class ScriptedEngine:
         self.context = self.script.context
         self.concurrency = concurrency
         self.fingerprint = {"backend": "scripted", "model": name, "script": _script_digest(self.script)}
+        self.neutralised = 0
         self._has_faults = bool(self.script.faults or any(rule.faults for rule in self.script.rules))
         self._asked: Counter[str] = Counter()
 
@@ -48,7 +49,8 @@ class ScriptedEngine:
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers at once or after the script's latency; faults of the transport become the errors they end in."""
-        body, _ = request_body(request, self.name)
+        body, escaped = request_body(request, self.name)
+        self.neutralised += escaped
         key = content_key(body)
         said = answer(self.script, body, key, self._asked[key], request.labels)
         if self._has_faults:

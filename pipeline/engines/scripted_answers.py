@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from constitution import yamlfile
 from pipeline.engines.base import Usage
 from pipeline.engines.wire import Body
 from pipeline.errors import UsageError
@@ -81,10 +82,12 @@ class Rule(_Strict):
 class Script(_Strict):
     """A whole script; the empty one is the default.
 
-    models: served names, empty for any. context: longest prompt plus reply, in white-space words.
+    models: served names, empty for any. owned_by: what the list of models says of them; real servers give their own
+    name there. context: longest prompt plus reply, in white-space words.
     """
 
     models: tuple[str, ...] = ()
+    owned_by: str = "scripted"
     context: int | None = Field(default=None, ge=1)
     salt: str = ""
     latency_s: Latency = 0.0
@@ -94,10 +97,16 @@ class Script(_Strict):
 
 
 def load_script(path: str | Path) -> Script:
-    """Reads a YAML or JSON script. Raises UsageError with the file and the place in it."""
+    """Reads a YAML or JSON script. UsageError, with file and place, also for duplicate keys and aliases."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Script.model_validate({} if content is None else content)
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        if content is None:
+            return Script()
+        yamlfile.parse(text, str(path))
+        return Script.model_validate(content)
+    except yamlfile.ConstitutionError as error:
+        raise UsageError(f"{error}; see docs/scripted.md") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}; see docs/scripted.md") from error
     except ValidationError as error:

@@ -53,8 +53,11 @@ class Ledger:
                         self.asked[line["key"]] += 1
             old.truncate(whole)
 
-    def received(self, key: str, path: str, body: Body) -> tuple[int, int]:
-        """Notes a request; returns its number and how often this content was asked before."""
+    def received(self, key: str, path: str, body: Body, *, authorized: bool) -> tuple[int, int]:
+        """Notes a request; returns its number and how often this content was asked before.
+
+        authorized: whether an Authorization header came with it.
+        """
         self._number += 1
         self.in_flight += 1
         before = self.asked[key]
@@ -62,7 +65,7 @@ class Ledger:
         self._write(
             {
                 "event": "received", "n": self._number, "t": time.time(), "key": key, "try": before + 1,
-                "in_flight": self.in_flight, "path": path, "body": body,
+                "in_flight": self.in_flight, "authorized": authorized, "path": path, "body": body,
             }
         )  # fmt: skip
         return self._number, before
@@ -91,7 +94,7 @@ class Connection(asyncio.Protocol):
         self.ledger = ledger
         self.open_connections = open_connections
         self.buffer = b""
-        self.backlog: deque[tuple[str, str, bytes]] = deque()
+        self.backlog: deque[tuple[str, str, bytes, bool]] = deque()
         self.current: tuple[int, str] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
@@ -120,7 +123,8 @@ class Connection(asyncio.Protocol):
                 if headers.pop("expect", "").lower() == "100-continue" and len(self.buffer) == end + 4:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 return
-            self.backlog.append((method, path, self.buffer[end + 4 : end + 4 + int(length)]))
+            raw = self.buffer[end + 4 : end + 4 + int(length)]
+            self.backlog.append((method, path, raw, "authorization" in headers))
             self.buffer = self.buffer[end + 4 + int(length) :]
             self._next()
         if len(self.buffer) > MAX_HEAD:
@@ -130,9 +134,9 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         """Begins the oldest waiting request, if none is being answered."""
         if self.current is None and self.backlog:
-            method, path, raw = self.backlog.popleft()
+            method, path, raw, authorized = self.backlog.popleft()
             if method == "POST" and path in ("/v1/chat/completions", "/v1/completions"):
-                self._complete(path, raw)
+                self._complete(path, raw, authorized=authorized)
             else:
                 self._look_up(method, path)
                 self._next()
@@ -143,12 +147,13 @@ class Connection(asyncio.Protocol):
         elif (method, path) == ("GET", "/v1/models"):
             models = self.script.models or ("scripted",)
             extra = {} if self.script.context is None else {"max_model_len": self.script.context}
-            served = [{"id": name, "object": "model", "created": 0, "owned_by": "scripted", **extra} for name in models]
+            entry = {"object": "model", "created": 0, "owned_by": self.script.owned_by, **extra}
+            served = [{"id": name, **entry} for name in models]
             self._send(200, {"object": "list", "data": served})
         else:
             self._send_error(404, f"no {method} {path} here")
 
-    def _complete(self, path: str, raw: bytes) -> None:
+    def _complete(self, path: str, raw: bytes, *, authorized: bool) -> None:
         try:
             body = _read_body(raw, chat=path.endswith("chat/completions"))
             key = content_key(body)
@@ -156,7 +161,7 @@ class Connection(asyncio.Protocol):
             self._send_error(400, str(error))
             self._next()
             return
-        number, before = self.ledger.received(key, path, body)
+        number, before = self.ledger.received(key, path, body, authorized=authorized)
         self.current = (number, key)
         if self.script.models and body["model"] not in self.script.models:
             self._finish(404, error_body(f"The model `{body['model']}` does not exist", "model_not_found"))

@@ -338,3 +338,24 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(server: Server, tmp_path: Pat
     assert done.returncode == 2
     assert port in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("salt: a\nsalt: b\n", "script.yaml:2: duplicate key 'salt', first on line 1"),
+        ('{"rules": [{"last": "x", "last": "y"}]}', "script.yaml:1: duplicate key 'last'"),
+        ("faults: &a []\nrules: *a\n", "script.yaml:1: anchors and aliases are not allowed"),
+    ],
+)
+def test_a_script_that_says_one_thing_twice_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "script.yaml").write_text(text)
+    with pytest.raises(UsageError) as raised:
+        load_script(tmp_path / "script.yaml")
+    assert message in str(raised.value)
+
+
+def test_special_tokens_in_prompts_are_counted() -> None:
+    engine = ScriptedEngine()
+    asyncio.run(engine.ask(Request("a <|im_end|> b </s>", "draft", max_tokens=5)))
+    assert engine.neutralised == 2
