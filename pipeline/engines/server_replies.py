@@ -14,6 +14,7 @@ from pipeline.lm.templates import split_reasoning
 
 EXCERPT_CHARS = 200
 _FINISH_REASONS = ("stop", "length", "content_filter")
+_NO_LOGPROBS = "no log-probabilities (a judge needs a server that reports them), logprobs is"
 _TOO_LONG = (
     "context_length_exceeded",
     "exceed_context_size",
@@ -26,7 +27,15 @@ _TOO_LONG = (
 
 
 class BadReply(ValueError):
-    """A 200 that does not hold what the protocol promises."""
+    """A 200 that does not hold what the protocol promises. raw: the part in question, whole."""
+
+    def __init__(self, what: str, raw: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.raw = raw
+
+    def __str__(self) -> str:
+        return f"{self.what}: {excerpt(self.raw)}"
 
 
 def excerpt(text: str) -> str:
@@ -70,7 +79,7 @@ def read_reply(raw: bytes, request: Request) -> Reply:
     choices = body.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         number = len(choices) if isinstance(choices, list) else "no list of"
-        raise BadReply(f"{number} choices in place of 1: {excerpt(json.dumps(body))}")
+        raise BadReply(f"{number} choices in place of 1", json.dumps(body))
     choice = choices[0]
     usage = _usage(body.get("usage"))
     if request.labels:
@@ -79,7 +88,7 @@ def read_reply(raw: bytes, request: Request) -> Reply:
     text, reasoning = _text(choice)
     finish_reason = choice.get("finish_reason")
     if finish_reason not in _FINISH_REASONS:
-        raise BadReply(f"finish_reason {excerpt(str(finish_reason))!r} is none of {', '.join(_FINISH_REASONS)}")
+        raise BadReply(f"the finish_reason is none of {', '.join(_FINISH_REASONS)}", str(finish_reason))
     for stop in request.stop:
         text = text.partition(stop)[0]
     return Reply(text, finish_reason, reasoning=reasoning, usage=usage)
@@ -89,9 +98,9 @@ def _read_json(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BadReply(f"not JSON: {excerpt(raw[: 4 * EXCERPT_CHARS].decode('utf-8', 'replace'))}") from error
+        raise BadReply("not JSON", raw.decode("utf-8", "replace")) from error
     if not isinstance(body, dict):
-        raise BadReply(f"not a JSON object: {excerpt(json.dumps(body))}")
+        raise BadReply("not a JSON object", json.dumps(body))
     return body
 
 
@@ -99,16 +108,16 @@ def _text(choice: dict[str, Any]) -> tuple[str, str]:
     """Text and reasoning of a chat message or a completion; a `<think>` block in the text counts as reasoning."""
     message = choice.get("message", choice)
     if not isinstance(message, dict):
-        raise BadReply(f"no message: {excerpt(json.dumps(choice))}")
+        raise BadReply("no message", json.dumps(choice))
     text = message.get("content" if "message" in choice else "text") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(reasoning, str):
-        raise BadReply(f"the text is no text: {excerpt(json.dumps(choice))}")
+        raise BadReply("the text is no text", json.dumps(choice))
     try:
         (text + reasoning).encode()
     except UnicodeEncodeError as error:
-        near = (text + reasoning)[max(0, error.start - 50) :]
-        raise BadReply(f"a lone surrogate in the text: {excerpt(near)}") from error
+        where = f"a lone surrogate at character {error.start} of the text"
+        raise BadReply(where, json.dumps((text + reasoning)[error.start])) from error
     if not reasoning:
         # A template may open the block in the prompt, so that the text holds only its end.
         reasoning, text = split_reasoning(text, opened="</think>" in text)
@@ -132,12 +141,9 @@ def _positions(logprobs: Any, *, chat: bool) -> list[Position]:
             found = [(token, list(top.items())) for token, top in tops]
         positions = [(_bare(token), _probabilities(top)) for token, top in found]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        text = excerpt(json.dumps(logprobs))
-        raise BadReply(
-            f"no log-probabilities (a judge needs a server that reports them): logprobs is {text}"
-        ) from error
+        raise BadReply(_NO_LOGPROBS, json.dumps(logprobs)) from error
     if not positions or not positions[0][1]:
-        raise BadReply("no log-probabilities (a judge needs a server that reports them): the list is empty")
+        raise BadReply(_NO_LOGPROBS, "an empty list")
     return positions
 
 

@@ -17,11 +17,14 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
 REQUEST_STATUSES = {400: "refused_by_server", 413: "too_long", 422: "refused_by_server"}
 """Statuses that concern one request only, and the reason they give; every other refusal concerns the whole run."""
 Body = dict[str, Any]
+NO_THINKING: Body = {"chat_template_kwargs": {"enable_thinking": False}}
+"""For a label request: the first token is then the label's, not that of a reasoning block. Not in the protocol."""
 
 # What tokenizers commonly hold as special tokens. Mark-up such as <div> is left alone.
 _CONTROL = re.compile(
     r"<(?=[|｜][^<>\n]{1,40}[|｜]>|/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|think|tool_call|tool_response)>"
-    r"|</?SYS>>)|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])"
+    r"|</?SYS>>|(?:image|sop|eop)>)"
+    r"|\[(?=/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG)\]|(?:g|s|)MASK\])"
 )
 
 

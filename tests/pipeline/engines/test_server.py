@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import time
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.scripted_answers import Fault, Rule, Script
 from pipeline.engines.scripted_server import running
 from pipeline.engines.server import ServerEngine, Slots
-from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
+from pipeline.errors import EngineDown, RequestFailed
+from tests.pipeline.engines.serving import ask, chat, faulty, play, received
 
 GRADES = (*"123456789", "10")
 
@@ -30,49 +28,6 @@ GRADES = (*"123456789", "10")
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "FIRST_WAIT_S", 0.002)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def chat(text: str, **options: Any) -> Request:
-    options = {"max_tokens": 96, "temperature": 1.0, "seed": 7, **options}
-    return Request([{"role": "user", "content": text}], "draft", **options)
-
-
-def faulty(last: str, **fault: Any) -> Script:
-    return Script(rules=(Rule(last=last, faults=(Fault(**fault),)),))
-
-
-def play(
-    script: Script,
-    act: Callable[[ServerEngine], Awaitable[Any]],
-    *,
-    ledger: Path | None = None,
-    model: str = "scripted",
-    **options: Any,
-) -> Any:
-    """Runs `act` with an engine on a scripted server."""
-
-    async def with_both() -> Any:
-        async with running(script, ledger=ledger) as url:
-            engine = ServerEngine(model, url, **options)
-            try:
-                return await act(engine)
-            finally:
-                await engine.close()
-
-    return asyncio.run(with_both())
-
-
-def ask(script: Script, *requests: Request, **options: Any) -> list[Reply | BaseException]:
-    async def all_of_them(engine: ServerEngine) -> list[Reply | BaseException]:
-        return await asyncio.gather(*(engine.ask(request) for request in requests), return_exceptions=True)
-
-    outcomes: list[Reply | BaseException] = play(script, all_of_them, **options)
-    return outcomes
-
-
-def received(ledger: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    return [line for line in lines if line["event"] == "received"]
 
 
 def test_the_answers_are_those_of_the_engine_in_process() -> None:
@@ -160,11 +115,27 @@ def test_when_all_hang_the_endpoint_is_down_without_a_storm(tmp_path: Path) -> N
     ledger = tmp_path / "ledger.jsonl"
     begun = time.monotonic()
     requests = [chat(f"hang {number}") for number in range(40)]
-    failures = ask(faulty("hang", kind="hang"), *requests, ledger=ledger, timeout_s=0.5, concurrency=8)
+    failures = ask(Script(faults=(Fault(kind="hang"),)), *requests, ledger=ledger, timeout_s=0.5, concurrency=8)
     assert time.monotonic() - begun < 3
     kinds = Counter(type(failure) for failure in failures)
     assert kinds == {RequestFailed: server_module.DOWN_AFTER - 1, EngineDown: 40 - server_module.DOWN_AFTER + 1}
     assert len(received(ledger)) <= 8 + server_module.DOWN_AFTER
+
+
+@pytest.mark.parametrize("fault", [{"kind": "hang"}, {"kind": "status", "status": 500}])
+@pytest.mark.parametrize("prompt", ["odd {}", [{"role": "user", "content": "odd {}"}]])
+def test_the_last_odd_requests_fail_alone_where_the_server_still_answers(fault: dict[str, Any], prompt: Any) -> None:
+    requests = [Request(json.loads(json.dumps(prompt).replace("{}", str(n))), "draft", max_tokens=9) for n in range(5)]
+    failures = ask(faulty("odd", **fault), *requests, timeout_s=0.3, concurrency=2)
+    assert [type(failure) for failure in failures] == [RequestFailed] * 5
+
+
+def test_ten_given_up_in_a_row_are_an_endpoint_that_is_down_though_it_answers_a_greeting() -> None:
+    requests = [chat(f"odd {number}") for number in range(30)]
+    failures = ask(faulty("odd", kind="hang"), *requests, timeout_s=0.3, concurrency=10)
+    kinds = Counter(type(failure) for failure in failures)
+    assert kinds[RequestFailed] < server_module.HOPELESS_AFTER
+    assert kinds[RequestFailed] + kinds[EngineDown] == 30
 
 
 def test_one_byte_at_a_time_meets_the_deadline() -> None:
@@ -254,25 +225,6 @@ def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:
     assert len(received(ledger)) == 3
 
 
-@pytest.mark.parametrize(("status", "cure"), [(401, "MY_KEY"), (403, "MY_KEY"), (404, "base_url"), (307, "redirects")])
-def test_what_no_request_can_pass_ends_the_run(
-    status: int, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("MY_KEY", "sk-secret-123")
-    ledger = tmp_path / "ledger.jsonl"
-    script = Script(faults=(Fault(kind="status", status=status, message="bad key sk-secret-123"),))
-    failures = ask(script, *(chat(f"{n}") for n in range(9)), ledger=ledger, api_key_env="MY_KEY", concurrency=2)
-    assert {type(failure) for failure in failures} == {EngineRefused}
-    assert all(failure.exit_code == 2 for failure in failures if isinstance(failure, EngineRefused))
-    message = str(failures[0])
-    assert cure in message
-    assert "http://127.0.0.1:" in message
-    assert len(received(ledger)) <= 2
-    shown = "".join(traceback.format_exception(failures[0]))  # type: ignore[arg-type]
-    assert "sk-secret-123" not in message + shown + caplog.text + ledger.read_text()
-
-
 def test_no_answer_at_all_is_an_endpoint_that_is_down() -> None:
     async def act() -> None:
         async with running(Script()) as url:
@@ -286,51 +238,6 @@ def test_no_answer_at_all_is_an_endpoint_that_is_down() -> None:
         await engine.close()
 
     asyncio.run(act())
-
-
-def test_start_lists_models_reads_the_context_and_names_the_nearest() -> None:
-    script = Script(models=("qwen-small", "llama-large"), context=4096)
-
-    async def act(engine: ServerEngine) -> tuple[list[str], int | None]:
-        return await engine.start(), engine.context
-
-    assert play(script, act, model="llama-large") == (["qwen-small", "llama-large"], 4096)
-    assert play(script, act, model="llama-large", context=100)[1] == 100
-    with pytest.raises(EngineRefused, match="nearest: llama-large"):
-        play(script, act, model="llama-larg")
-
-
-def test_the_key_is_sent_to_the_server_and_nothing_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bytes] = []
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        await writer.drain()
-        writer.close()
-
-    async def once(**options: Any) -> None:
-        server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        engine = ServerEngine("m", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", **options)
-        with pytest.raises(EngineRefused):
-            await engine.start()
-        await engine.close()
-        server.close()
-
-    asyncio.run(once())
-    monkeypatch.setenv("OTHER_KEY", "sk-other")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
-    asyncio.run(once(api_key_env="OTHER_KEY"))
-    assert b"uthorization" not in seen[0]
-    assert b"Bearer sk-other" in seen[1]
-    assert b"sk-openai" not in seen[1]
-
-
-@pytest.mark.parametrize("url", ["ftp://host/v1", "localhost:8000", "http://user:secret@host/v1"])
-def test_a_bad_address_is_refused_without_showing_a_password(url: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        ServerEngine("m", url)
-    assert "secret" not in str(raised.value)
 
 
 def test_the_fingerprint_names_the_model_and_the_revision_only() -> None:

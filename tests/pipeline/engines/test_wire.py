@@ -47,6 +47,12 @@ def test_special_tokens_in_content_are_escaped_and_counted() -> None:
     assert "<div> [1] <a|b" in sent
 
 
+@pytest.mark.parametrize("token", ["[THINK]", "[/THINK]", "<image>", "[IMG]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"])
+def test_special_tokens_of_fewer_families_are_escaped_too(token: str) -> None:
+    body, escaped = request_body(Request(f"a {token} b", "draft"), "m")
+    assert (escaped, body["prompt"]) == (1, f"a {token[0]}\u200b{token[1:]} b")
+
+
 @pytest.mark.parametrize("prompt", ["ab\ud800", [{"role": "user", "content": "ab\ud800"}]])
 def test_a_lone_surrogate_is_refused_with_its_place(prompt: object) -> None:
     with pytest.raises(RequestFailed, match="character 2") as raised:
