@@ -126,7 +126,7 @@ def test_a_prompt_longer_than_the_context_fails_alone(cai: Command, serve: Serve
         ("long", sample, "draft", "too_long") for sample in (0, 1)
     ]
     if code == 3:
-        assert "generate: 1 of 5 records failed, more than run.max_failed_share (1%)" in refusal(done, 3)
+        assert "generate: failed 1 of 5, more than run.max_failed_share (1%)" in refusal(done, 3)
 
 
 def test_a_folder_that_is_no_run_or_of_another_format_is_refused(cai: Command) -> None:
