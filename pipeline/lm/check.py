@@ -16,18 +16,23 @@ _HALF_TOLERANCE = 0.5
 def check_decoding(model: Any) -> None:
     """Decodes two prompts of unequal length together and compares with a plain forward pass over the result.
 
-    Raises EngineRefused for models that keep their state in another way than keys and values per position.
+    Raises EngineRefused for models that keep their state in another way than keys and values per position, or that
+    fail in their own code; out of memory goes on as it is.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [[(7 + 13 * n) % vocabulary for n in range(length)] for length in (21, 6)]
-    rows = [Row(prompt, max_tokens=3) for prompt in prompts]
     kind = model.config.model_type
     advice = "serve the model and use engine.backend: server"
     try:
+        vocabulary = model.config.get_text_config().vocab_size
+        prompts = [[(7 + 13 * n) % vocabulary for n in range(length)] for length in (21, 6)]
+        rows = [Row(prompt, max_tokens=3) for prompt in prompts]
         list(decode(Decoder(model, max_rows=2, prefix_tokens=0), rows))
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise EngineRefused(f"model type {kind} cannot be decoded here ({error}); {advice}") from error
-    if max(_distance(model, row) for row in rows) > _TOLERANCE.get(model.dtype, _HALF_TOLERANCE):
+        distance = max(_distance(model, row) for row in rows)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise EngineRefused(f"model type {kind} cannot be decoded here ({reason}); {advice}") from error
+    if distance > _TOLERANCE.get(model.dtype, _HALF_TOLERANCE):
         raise EngineRefused(f"model type {kind} decodes differently from its own forward pass; {advice}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from pipeline.errors import EngineRefused, ResourceError
 from pipeline.records import digest
@@ -30,7 +30,8 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 class Loaded(NamedTuple):
     """model: a causal language model in evaluation mode. tokenizer: with the model's chat template, if it has one.
 
-    fingerprint: digests of config, tokenizer and weights (or the hub commit), and the dtype; never a path.
+    fingerprint: digests of config, tokenizer and weights (or the hub commit), the dtype, and the tokens at which the
+        generation config ends a reply; never a path.
     """
 
     model: Any
@@ -56,7 +57,12 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
         loaded = loaded.to(where).eval()
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"{model}: does not fit into the memory of {where}; use engine.device: cpu") from error
-    return Loaded(loaded, tokenizer, fingerprint(model, config=config, tokenizer=tokenizer, dtype=kind))
+    identity = {
+        **fingerprint(config, tokenizer, dtype=kind),
+        "weights": _weights(model, config, revision),
+        "eos": json.dumps(getattr(loaded.generation_config, "eos_token_id", None)),
+    }
+    return Loaded(loaded, tokenizer, identity)
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
@@ -113,18 +119,24 @@ def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def fingerprint(model: str, *, config: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
-    """Identity by content: the same for two copies of a folder, another one if a weight or a token changes."""
+def fingerprint(config: Any, tokenizer: Any, *, dtype: torch.dtype) -> dict[str, str]:
+    """Identity by content of what is not the weights: another one if a setting or a token changes."""
     settings = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
     settings = json.loads(json.dumps(settings, default=str))
-    commit = getattr(config, "_commit_hash", None)
-    folder = Path(model)
     return {
         "config": digest(settings),
         "tokenizer": digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or ""]),
-        "weights": hash_weights(folder) if folder.is_dir() else f"hub {commit}",
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _weights(model: str, config: Any, revision: str | None) -> str:
+    """The hub's commit of a hub model; of a folder, or where no commit is known, a hash of the files."""
+    if Path(model).is_dir():
+        return hash_weights(Path(model))
+    if commit := getattr(config, "_commit_hash", None):
+        return f"hub {commit}"
+    return hash_weights(Path(str(cached_file(model, "config.json", revision=revision))).parent)
 
 
 def hash_weights(folder: Path) -> str:

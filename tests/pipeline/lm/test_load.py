@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,33 @@ def test_weights_tokens_settings_and_dtype_change_it(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     second = load(str(folder)).fingerprint
     assert {key for key in first if first[key] != second[key]} == {"weights", "tokenizer"}
+
+
+def test_the_tokens_that_end_a_reply_change_it(folder: Path) -> None:
+    first = load(str(folder)).fingerprint
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, 5]}))
+    assert load(str(folder)).fingerprint == {**first, "eos": "[2, 5]"}
+
+
+def test_revisions_without_a_known_commit_are_told_apart_by_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = tmp_path / "models--owner--tiny"
+    (cached / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("old", "new")):
+        save_tiny(cached / "snapshots" / f"copy-{name}", seed=seed)
+        (cached / "refs" / name).write_text(f"copy-{name}")
+    old, new = (load("owner/tiny", revision=name).fingerprint for name in ("old", "new"))
+    assert {key for key in old if old[key] != new[key]} == {"weights"}
+    assert new["weights"] == hash_weights(cached / "snapshots" / "copy-new")
+
+
+def test_loading_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(str(folder))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_weights_are_hashed_by_name_and_content(tmp_path: Path) -> None:
@@ -88,3 +116,16 @@ def test_a_model_that_the_loop_would_decode_wrongly_is_refused() -> None:
     attention.forward = lambda *args, **given: forward(*args, **{**given, "attention_mask": None})
     with pytest.raises(EngineRefused, match="llama decodes differently"):
         check_decoding(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2\n  on two lines"), NotImplementedError(), KeyError("x")])
+def test_a_model_that_fails_in_its_own_code_is_refused_in_one_line(error: Exception) -> None:
+    model = tiny_llama()
+
+    def fail(*args: object, **given: object) -> None:
+        raise error
+
+    model.model.layers[0].self_attn.forward = fail
+    with pytest.raises(EngineRefused, match=r"llama cannot be decoded here \(.+\); serve the model") as caught:
+        check_decoding(model)
+    assert "\n" not in str(caught.value)
