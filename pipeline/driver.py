@@ -25,7 +25,7 @@ MIN_OPEN_SHARDS = 4
 class Stage(NamedTuple):
     """One step of the chain.
 
-    run: the coroutine over one record. writer: publishes the stage's parts. tally: counts a line for the manifest.
+    run: the coroutine over one record. writer: publishes the stage's parts. tally: counts an outcome for the manifest.
     needs: stages of which a record must have a line, else it does not come in here.
     """
 
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     run: Callable[[Record, Ask], Awaitable[Outcome]]
     writer: StageWriter
     needs: tuple[str, ...] = ()
-    tally: Callable[[Line], Mapping[str, int]] = lambda line: {}
+    tally: Callable[[Outcome], Mapping[str, int]] = lambda outcome: {}
 
 
 class Progress:
@@ -286,9 +286,9 @@ def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
             continue
         failed += failure_lines(stage.name, record.id, outcome.failures)
         filtered += failure_lines(stage.name, record.id, outcome.filtered)
+        tally.update(stage.tally(outcome))
         if outcome.line is not None:
             lines.append(outcome.line)
-            tally.update(stage.tally(outcome.line))
         elif outcome.failures:
             num_failed += 1
         else:

@@ -72,7 +72,7 @@ def _inputs(before: Sequence[str], manifests: dict[str, Manifest], number: int) 
 
 
 def _is_exported(run: RunFolder, prompts: int, datasets: dict[str, DatasetStanding]) -> bool:
-    """Whether the datasets are there and were made from what the stages hold now, under the settings of the last call."""
+    """Whether the datasets are there and made from what the stages hold now, under the last settings."""
     path, config = run.path / "export.json", run.path / "config.yaml"
     exported = sum(datasets["chains"].rows.values()) if "chains" in datasets else 0
     if exported != prompts or not path.exists() or not config.exists():

@@ -73,9 +73,10 @@ def show_ingest(console: Console, ingested: Ingested | None) -> None:
         return
     console.report["counts"]["prompts"] = ingested._asdict()
     merged = f", {ingested.merged_turns} turns merged" if ingested.merged_turns else ""
+    cut = f", {ingested.answers_cut} answers behind the prompt left out" if ingested.answers_cut else ""
     console.say(
         f"prompts: {ingested.lines} read, {ingested.new} new, {ingested.known} known, "
-        f"{ingested.duplicates} duplicates{merged}"
+        f"{ingested.duplicates} duplicates{merged}{cut}"
     )
 
 
@@ -94,7 +95,7 @@ def show_work(console: Console, chain: Chain) -> None:
 
 
 def show_counts(console: Console, job: Job, names: Sequence[str]) -> None:
-    """The balance of every stage: in = ok + filtered + failed, and the stage's own tallies."""
+    """The balance of every stage: in = ok + filtered + failed, the stage's own tallies, and where its losses are."""
     for name in names:
         manifest = job.run.manifest(name)
         if manifest is None:
@@ -105,8 +106,11 @@ def show_counts(console: Console, job: Job, names: Sequence[str]) -> None:
         tallies = ", ".join(f"{key} {value}" for key, value in counts.items() if key not in _BALANCE and value)
         balance = ", ".join(f"{key} {counts[key]}" for key in _BALANCE)
         console.show(f"{name}: {balance}" + (f" ({tallies})" if tallies else ""))
-        if counts["failed"]:
-            console.show(f"  why: {job.run.losses_path('failed', name)}")
+        for state in ("failed", "filtered"):
+            if num_lost := sum(part[state]["rows"] for part in manifest.parts):
+                path = job.run.losses_path(state, name)
+                console.report["outputs"][f"{state}/{name}"] = str(path)
+                console.show(f"  {num_lost} {state}, each with its reason: {path}")
 
 
 _BALANCE = ("in", "ok", "filtered", "failed")
@@ -119,7 +123,8 @@ def show_satisfied(console: Console, job: Job, names: Sequence[str]) -> None:
     if share is not None and share > SATISFIED_SHARE:
         console.report["counts"]["satisfied_drafts"] = share
         console.show(
-            f"note: {share:.0%} of drafts already satisfied the principle drawn for them: the judge found no revision "
-            "better. These prompts teach the model little. Take harder prompts, look at some records with "
-            f"`cai show --run {job.run.path}`, and check that the judge can tell good from bad (`cai try`)."
+            f"note: {share:.0%} of drafts already satisfied their principles: the judge found no fault in them, or "
+            "their first revision neither better nor worse. These prompts teach the model little. Take harder prompts, "
+            f"look at some records with `cai show --run {job.run.path}`, and check that the judge can tell good from "
+            "bad (`cai try`)."
         )

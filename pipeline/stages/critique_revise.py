@@ -39,21 +39,20 @@ class CritiqueRevise:
 async def critique_revise(record: Record, ask: Ask, *, using: CritiqueRevise) -> Outcome:
     """Every draft through its rounds, all drafts at once. A chain that fails keeps the rounds it has."""
     completions = record.lines["generate"]["completions"]
-    ends = await together(_chain(record, ask, c["sample"], c["text"], using) for c in completions)
+    ends = await together(_chain(record, ask, completion, using) for completion in completions)
     chains = [{"sample": c["sample"], "rounds": rounds} for c, (rounds, _) in zip(completions, ends, strict=True)]
     failures = tuple(failure for _, failures in ends for failure in failures)
     return Outcome({"id": record.id, "chains": chains}, failures)
 
 
-async def _chain(
-    record: Record, ask: Ask, sample: int, text: str, using: CritiqueRevise
-) -> tuple[list[Line], list[Failure]]:
+async def _chain(record: Record, ask: Ask, completion: Line, using: CritiqueRevise) -> tuple[list[Line], list[Failure]]:
+    sample, text, finish_reason = completion["sample"], completion["text"], completion["finish_reason"]
     rounds: list[Line] = []
     failures: list[Failure] = []
     for n in range(using.settings.rounds):
         try:
             if using.settings.early_stop and await _is_fine(record, ask, text, using):
-                rounds.append(_stopped(text))
+                rounds.append(_stopped(text, finish_reason))
                 break
             line = await _round(record, ask, sample, n, text, using)
             if using.settings.verify:
@@ -63,17 +62,17 @@ async def _chain(
             break
         rounds.append(line)
         if line["verdict"] != "worse":
-            text = line["revision"]
+            text, finish_reason = line["revision"], line["finish_reason"]
     return rounds, failures
 
 
-def _stopped(text: str) -> Line:
-    """The round that did not take place, since the judge found nothing to point out."""
+def _stopped(text: str, finish_reason: str) -> Line:
+    """The round that did not take place, since the judge found nothing to point out. finish_reason: of `text`."""
     return {
         "principle": "",
         "critique": "",
         "revision": text,
-        "finish_reason": "stop",
+        "finish_reason": finish_reason,
         "verdict": "same",
         "p": 0.5,
         "stopped": True,
@@ -143,13 +142,21 @@ async def _is_fine(record: Record, ask: Ask, text: str, using: CritiqueRevise) -
     return True
 
 
-def tally(line: Line) -> Mapping[str, int]:
-    """Verdicts over all rounds, and how many drafts their first round found nothing to improve in."""
+def tally(outcome: Outcome) -> Mapping[str, int]:
+    """Verdicts over all rounds; drafts that their first round found nothing to improve in, or made worse; losses.
+
+    A sample is lost when a round of it got no critique, revision or check: its chain ends there, its draft lives on.
+    """
     counts: Counter[str] = Counter()
-    for chain in line["chains"]:
+    counts["lost_samples"] = len({f.sample for f in outcome.failures if f.kind != "comparison"})
+    counts["lost_verdicts"] = sum(f.kind == "comparison" for f in outcome.failures)
+    for chain in outcome.line["chains"] if outcome.line else ():
+        counts["samples"] += 1
         counts.update(f"verdict_{entry['verdict']}" for entry in chain["rounds"])
         counts["stopped"] += sum(entry["stopped"] for entry in chain["rounds"])
         if chain["rounds"]:
+            first = chain["rounds"][0]
             counts["first_rounds"] += 1
-            counts["drafts_satisfied"] += chain["rounds"][0]["verdict"] in ("same", "worse")
+            counts["drafts_satisfied"] += first["stopped"] or first["verdict"] == "same"
+            counts["drafts_worsened"] += first["verdict"] == "worse"
     return counts

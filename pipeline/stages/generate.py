@@ -17,13 +17,17 @@ async def generate(
 ) -> Outcome:
     """Sample n of model m has the number m * samples + n.
 
-    A lost sample is a failure; the record lives while one completion is left.
+    A lost sample is a failure, or filtered if a content filter took it; the record lives while one completion is left.
     """
     asked = [(voice, m * settings.samples + n) for m, voice in enumerate(models) for n in range(settings.samples)]
     drafts = await together(_draft(record, ask, voice, sample, settings, seed) for voice, sample in asked)
     completions = [draft for draft in drafts if isinstance(draft, dict)]
-    failures = tuple(draft for draft in drafts if isinstance(draft, Failure))
-    return Outcome({"id": record.id, "completions": completions} if completions else None, failures)
+    losses = [draft for draft in drafts if isinstance(draft, Failure)]
+    return Outcome(
+        {"id": record.id, "completions": completions} if completions else None,
+        tuple(loss for loss in losses if loss.reason != "content_filter"),
+        tuple(loss for loss in losses if loss.reason == "content_filter"),
+    )
 
 
 async def _draft(
@@ -44,7 +48,13 @@ async def _draft(
     }
 
 
-def tally(line: Line) -> Mapping[str, int]:
-    """Completions of a line, and how many were cut at max_tokens."""
-    cut = sum(completion["finish_reason"] == "length" for completion in line["completions"])
-    return {"completions": len(line["completions"]), "completions_cut": cut}
+def tally(outcome: Outcome) -> Mapping[str, int]:
+    """Samples asked for and lost; completions, and how many were cut at max_tokens."""
+    completions = outcome.line["completions"] if outcome.line else []
+    num_lost = len(outcome.failures) + len(outcome.filtered)
+    return {
+        "samples": len(completions) + num_lost,
+        "lost_samples": num_lost,
+        "completions": len(completions),
+        "completions_cut": sum(completion["finish_reason"] == "length" for completion in completions),
+    }

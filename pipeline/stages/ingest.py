@@ -21,13 +21,17 @@ from pipeline.store import RunFolder, StageWriter
 
 
 class Ingested(NamedTuple):
-    """One reading of the sources: lines = known + new + duplicates. known: ids that the run had before it began."""
+    """One reading of the sources: lines = known + new + duplicates. known: ids that the run had before it began.
+
+    merged_turns, answers_cut: what was done to the conversations, of all lines (docs/prompts.md).
+    """
 
     lines: int
     known: int
     new: int
     duplicates: int
     merged_turns: int
+    answers_cut: int = 0
 
 
 def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int | None = None) -> Ingested:
@@ -51,7 +55,7 @@ def ingest(run: RunFolder, specs: Iterable[Spec], *, shard_size: int, limit: int
             for line in run.read_part("prompts", part):
                 ids.add(line["id"], digest([line["messages"], line.get("completions", [])]), state)
         _publish(writer, (_line(row) for row in ids.new_rows(mix(specs, counts), limit)), shard_size)
-        result = Ingested(ids.lines, ids.known, ids.new, ids.duplicates, counts.merged_turns)
+        result = Ingested(ids.lines, ids.known, ids.new, ids.duplicates, counts.merged_turns, counts.answers_cut)
     if result.lines != result.known + result.new + result.duplicates:
         raise CorruptError(f"{writer.folder}: prompts do not balance: {result}; please report it")
     del writer.extra["begun"]

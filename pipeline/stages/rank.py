@@ -209,11 +209,23 @@ async def _line(
     return Outcome({"id": record.id, "candidates": lines, "comparisons": comparisons}, tuple(failures))
 
 
-def tally(line: Line) -> Mapping[str, int]:
-    """Comparisons by status, and how many named the same position in both orders."""
+def tally(outcome: Outcome) -> Mapping[str, int]:
+    """Comparisons by status, and how many named the same position in both orders; how many requests were lost.
+
+    comparisons: with a reply or lost; with `mode: graded` grades count too. lost_comparisons: also of records that
+    failed for it.
+    """
+    line = outcome.line or {"comparisons": [], "candidates": []}
     counts: Counter[str] = Counter(f"comparison_{c['status']}" for c in line["comparisons"])
     both = [(c["p_ab"], c["p_ba"]) for c in line["comparisons"] if "p_ab" in c and "p_ba" in c]
     counts["both_orders"] = len(both)
     counts["same_position"] = sum(same_position(p_ab, p_ba) for p_ab, p_ba in both)
     counts["candidates"] = len(line["candidates"])
+    counts["lost_comparisons"] = sum(f.reason not in _NOT_LOST for f in outcome.failures)
+    answered = sum(c["status"] != "failed" for c in line["comparisons"]) + len(line.get("grades", ()))
+    counts["comparisons"] = answered + counts["lost_comparisons"]
     return counts
+
+
+_NOT_LOST = ("unrankable", "no_candidates", "abstain")
+"""Reasons that stand for an answer that said nothing, or for no question at all."""

@@ -284,18 +284,20 @@ def test_every_id_ends_in_one_state_with_its_reason(tmp_path: Path) -> None:
     for stage in ("generate", "critique-revise", "rank"):
         counts = run.manifest(stage).counts  # type: ignore[union-attr]
         ok = [line["id"] for line in run.read(stage)]
-        failed = {line["id"] for line in run.losses("failed", stage)} - set(ok)
+        failed, filtered = (
+            {line["id"] for line in run.losses(state, stage)} - set(ok) for state in ("failed", "filtered")
+        )
         assert counts["in"] == len(came) == counts["ok"] + counts["filtered"] + counts["failed"]
-        assert sorted(ok) == sorted(came - failed)
-        assert (counts["ok"], counts["failed"], counts["filtered"]) == (len(ok), len(failed), 0)
+        assert sorted(ok) == sorted(came - failed - filtered)
+        assert (counts["ok"], counts["failed"], counts["filtered"]) == (len(ok), len(failed), len(filtered))
         came = set(ok)
     reasons = {
         place[line["id"]]: (line["kind"], line["reason"], line["attempts"]) for line in run.losses("failed", "generate")
     }
+    assert {place[line["id"]]: line["reason"] for line in run.losses("filtered", "generate")} == {3: "content_filter"}
     assert reasons == {
         1: ("draft", "empty", 3),
         2: ("draft", "reasoning_only", 3),
-        3: ("draft", "content_filter", 3),
         5: ("draft", "too_long", 1),
         6: ("draft", "bad_reply", 1),
         7: ("draft", "bad_reply", 1),

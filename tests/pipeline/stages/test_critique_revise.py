@@ -22,7 +22,10 @@ DRAFT = "the draft"
 def record_of(*drafts: str) -> Record:
     record = Record("r1", [{"role": "user", "content": "Why?"}], 0)
     record.lines["generate"] = {
-        "id": "r1", "completions": [{"sample": n, "text": text, "model": "m"} for n, text in enumerate(drafts)],
+        "id": "r1", "completions": [
+            {"sample": n, "text": text, "model": "m", "finish_reason": "length" if "(cut)" in text else "stop"}
+            for n, text in enumerate(drafts)
+        ],
     }  # fmt: skip
     return record
 
@@ -158,7 +161,23 @@ def test_a_draft_without_fault_in_any_group_stops_early(tmp_path: Path) -> None:
     assert (found["revision"], found["critique"]) == (DRAFT, "")
     assert engine.kinds() == {"check": len(CONSTITUTION.abouts)}
     assert outcome.line
-    assert tally(outcome.line)["stopped"] == 1
+    assert tally(outcome)["stopped"] == 1
+
+
+def test_an_early_stop_stands_for_its_text_and_was_cut_if_that_was(tmp_path: Path) -> None:
+    outcome = revise(tmp_path, model(longer_is_better, fault=0.2), "fine", "fine (cut)", early_stop=True)
+    assert [rounds(outcome, n)[0]["finish_reason"] for n in range(2)] == ["stop", "length"]
+    inner = model(longer_is_better).say
+
+    def say(request: Request) -> str | Reply:
+        if request.kind == "check":
+            fault = 0.2 if "+" in str(request.prompt) else 0.9
+            return label_reply({"Yes": fault, "No": 1 - fault})
+        said = inner(request)
+        return Reply(said, "length") if request.kind == "revision" and isinstance(said, str) else said
+
+    found = rounds(revise(tmp_path / "later", Told(say), rounds=2, early_stop=True))
+    assert [(r["stopped"], r["finish_reason"]) for r in found] == [(False, "length"), (True, "length")]
 
 
 def test_the_groups_are_asked_in_turn_up_to_the_first_fault(tmp_path: Path) -> None:
@@ -214,7 +233,32 @@ def test_a_later_turn_extends_the_prompt_of_the_turn_before_it(tmp_path: Path) -
 
 
 def test_the_tally_counts_drafts_that_needed_nothing(tmp_path: Path) -> None:
-    outcome = revise(tmp_path, model(lambda a, b: 0.5), "x", "y", rounds=2)
-    assert outcome.line
-    counts = tally(outcome.line)
+    counts = tally(revise(tmp_path, model(lambda a, b: 0.5), "x", "y", rounds=2))
     assert (counts["first_rounds"], counts["drafts_satisfied"], counts["verdict_same"]) == (2, 2, 4)
+    counts = tally(revise(tmp_path / "stopped", model(longer_is_better, fault=0.2), early_stop=True))
+    assert (counts["first_rounds"], counts["drafts_satisfied"]) == (1, 1)
+
+
+def test_a_draft_made_worse_or_not_judged_is_not_a_draft_that_needed_nothing(tmp_path: Path) -> None:
+    counts = tally(revise(tmp_path, model(lambda a, b: 1 - longer_is_better(a, b)), rounds=1))
+    assert (counts["drafts_satisfied"], counts["drafts_worsened"], counts["verdict_worse"]) == (0, 1, 1)
+    counts = tally(revise(tmp_path / "unverified", model(longer_is_better, lambda answer: answer), verify=False))
+    assert (counts["first_rounds"], counts["drafts_satisfied"], counts["verdict_unverified"]) == (1, 0, 2)
+
+
+def test_the_tally_counts_samples_that_lost_a_round_and_verdicts_that_were_lost(tmp_path: Path) -> None:
+    def revision(answer: str) -> str:
+        if answer.startswith("one"):
+            raise RequestFailed("too_long", "too long")
+        return f"{answer}+"
+
+    outcome = revise(tmp_path, model(longer_is_better, revision), "one", "two", rounds=2)
+    assert outcome.line
+    counts = tally(outcome)
+    assert (counts["samples"], counts["lost_samples"], counts["lost_verdicts"]) == (2, 1, 0)
+
+    def judge(a: str, b: str) -> float:
+        raise RequestFailed("bad_reply", "no log-probabilities")
+
+    counts = tally(revise(tmp_path / "verdicts", model(judge), rounds=2))
+    assert (counts["samples"], counts["lost_samples"], counts["lost_verdicts"]) == (1, 0, 2)

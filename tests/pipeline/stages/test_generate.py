@@ -42,7 +42,7 @@ def test_k_samples_of_several_models_are_numbered_through(tmp_path: Path) -> Non
         (n, "one" if n < 3 else "two", f"answer {seed(n)}") for n in range(6)
     ]
     assert outcome.failures == ()
-    assert tally(outcome.line) == {"completions": 6, "completions_cut": 0}
+    assert tally(outcome) == {"samples": 6, "lost_samples": 0, "completions": 6, "completions_cut": 0}
 
 
 def test_one_call_for_k_samples_and_k_single_calls_share_their_keys(tmp_path: Path) -> None:
@@ -104,11 +104,12 @@ def test_a_base_model_is_asked_with_worked_examples_and_stopped_at_the_next_sect
         (Reply("half an ans", "content_filter"), "content_filter"),
     ],
 )
-def test_an_unusable_reply_is_asked_again_under_new_seeds_then_fails(tmp_path: Path, reply: Reply, reason: str) -> None:
+def test_an_unusable_reply_is_asked_again_under_new_seeds_then_lost(tmp_path: Path, reply: Reply, reason: str) -> None:
     engine = Told(lambda request: reply)
     outcome = drafts(tmp_path, engine, samples=1)
     assert outcome.line is None
-    (failure,) = outcome.failures
+    (failure,) = outcome.filtered if reason == "content_filter" else outcome.failures
+    assert len(outcome.failures) + len(outcome.filtered) == 1
     assert failure[:4] == (0, 0, "draft", reason)
     assert failure.attempts == 3
     assert [(request.attempt, request.seed) for request in engine.requests] == [(n, seed(0, n)) for n in range(3)]
@@ -133,6 +134,7 @@ def test_a_lost_sample_is_a_failure_and_the_record_lives(tmp_path: Path) -> None
     outcome = drafts(tmp_path, Told(say), samples=3)
     assert outcome.line
     assert [c["sample"] for c in outcome.line["completions"]] == [0, 2]
+    assert tally(outcome) == {"samples": 3, "lost_samples": 1, "completions": 2, "completions_cut": 0}
     (failure,) = outcome.failures
     assert failure == (1, 0, "draft", "too_long", "2001 tokens, 2000 fit", 1)
     assert failure.line("r1", "generate")["reason"] == "too_long"
@@ -142,7 +144,7 @@ def test_a_cut_answer_stays_and_is_counted_as_cut(tmp_path: Path) -> None:
     outcome = drafts(tmp_path, Told(lambda request: Reply("half an ans", "length")), samples=2)
     assert outcome.line
     assert {c["finish_reason"] for c in outcome.line["completions"]} == {"length"}
-    assert tally(outcome.line) == {"completions": 2, "completions_cut": 2}
+    assert tally(outcome) == {"samples": 2, "lost_samples": 0, "completions": 2, "completions_cut": 2}
 
 
 def test_white_space_around_an_answer_goes_and_inside_stays(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def record_of(
     """chains: sample -> (revision, verdict) of its rounds."""
     record = Record("r1", [{"role": "user", "content": "Why?"}], 0, given=list(given))
     if drafts:
-        completions = [{"sample": n, "text": text, "model": "m"} for n, text in enumerate(drafts)]
+        completions = [
+            {"sample": n, "text": text, "model": "m", "finish_reason": "stop"} for n, text in enumerate(drafts)
+        ]
         record.lines["generate"] = {"id": "r1", "completions": completions}
     if chains is not None:
         record.lines["critique-revise"] = {
@@ -94,8 +96,7 @@ def test_p_ab_and_p_ba_are_both_of_a_being_better(tmp_path: Path) -> None:
     (comparison,) = line_of(ranked(tmp_path, engine, record_of("a", "b")))["comparisons"]
     assert (comparison["p_ab"], comparison["p_ba"]) == (pytest.approx(0.7), pytest.approx(0.3))
     assert (comparison["p"], comparison["status"]) == (pytest.approx(0.5), "tie")
-    line = line_of(ranked(tmp_path / "2", engine, record_of("a", "b")))
-    assert tally(line)["same_position"] == 1
+    assert tally(ranked(tmp_path / "2", engine, record_of("a", "b")))["same_position"] == 1
 
 
 def test_identical_texts_are_one_candidate(tmp_path: Path) -> None:
@@ -271,6 +272,8 @@ def test_a_failed_comparison_is_a_line_and_a_failure(tmp_path: Path) -> None:
         return 0.8 if a < b else 0.2
 
     outcome = ranked(tmp_path, judge(say), record_of("a", "b", "c"))
+    counts = tally(outcome)
+    assert (counts["comparisons"], counts["lost_comparisons"], counts["comparison_failed"]) == (3, 1, 1)
     failed = [c for c in line_of(outcome)["comparisons"] if c["status"] == "failed"]
     assert [(c["a"], c["b"], "p" in c) for c in failed] == [(0, 2, False)]
     assert [f[:4] for f in outcome.failures] == [(0, 0, "comparison", "timeout")]
