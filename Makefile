@@ -8,8 +8,12 @@ SET_UP := $(VENV)/.set-up
 
 demo: $(SET_UP)
 	rm -rf runs/demo
-	$(BIN)/cai run --run runs/demo --model nano --prompts pipeline/nano/prompts.jsonl --set critique_revise.draw=cover
-	$(BIN)/cai show --run runs/demo --limit 2
+	$(BIN)/cai run --run runs/demo --model nano --prompts pipeline/nano/prompts.jsonl \
+	  --set critique_revise.draw=cover --set critique_revise.rounds=3 --set rank.principles=5
+	@echo
+	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
+	@echo
+	@echo 'Everything is in runs/demo. Next: .venv/bin/cai show --run runs/demo, .venv/bin/cai init in a folder of your own.'
 
 test: $(SET_UP) lint
 	$(BIN)/python -m pytest
