@@ -105,7 +105,15 @@ def _export(console: Console, job: Job) -> None:
             console.report["outputs"][f"datasets/{name}"] = str(folder)
         why = "; left out: " + ", ".join(f"{reason} {count}" for reason, count in left_out.items()) if left_out else ""
         rows = ", ".join(f"{split} {count}" for split, count in published.rows.items())
-        console.show(f"{folder}: {rows} rows{why}")
+        empty = "; empty now, and cannot be loaded" if published.version and not any(published.rows.values()) else ""
+        console.show(f"{folder}: {rows} rows{empty}{why}")
+    counts |= {"labels": dict(report.labels), "helpful": dict(report.helpful)}
+    for what, found in (("chosen of preference rows", report.labels), ("helpful rows of sft", report.helpful)):
+        if found:
+            console.show(f"{what}: " + ", ".join(f"{name} {count}" for name, count in sorted(found.items())))
+    if report.left_out:
+        console.report["outputs"]["filtered/export"] = str(report.left_out)
+        console.show(f"left out, each with its reason: {report.left_out}")
     console.report["counts"]["datasets"] = counts
     report.check()
 

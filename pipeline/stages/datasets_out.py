@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "test")
 _NEW = ".new"
+_EMPTY = "\nNo row was left for this dataset: there is nothing to load. The version before it had some.\n"
 _SORT_BYTES = 16 << 20
 _FAN_IN = 64
 _GROUP_ROWS = 1000
@@ -79,7 +80,7 @@ class DatasetWriter:
             version = before["version"]
             verify(self.folder)
             _clear(self._new)
-        card = _card(version, files, text)
+        card = _card(version, files, text if files else _EMPTY + text)
         if is_new or (self.folder / "README.md").read_bytes() != card:
             write_atomic(self.folder / "README.md", card)
         return Published(version, rows, is_new)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.settings import ExportSettings, HelpfulSettings, SplitSettings
 from pipeline.errors import CorruptError, IncompleteError
-from pipeline.records import Line, Message, canonical, digest
+from pipeline.records import Failure, Line, Message, canonical, digest, line_bytes
 from pipeline.sources import Spec, read
 from pipeline.stages.cards import DATASETS, card_text, schemas
 from pipeline.stages.datasets_out import DatasetWriter, Published
 from pipeline.stages.filters import is_same, why_not
 from pipeline.stages.rows import Pair, Target, Trace, candidate_targets, pairs, sft_targets
-from pipeline.store import RunFolder, io_errors, sync_folder, write_atomic
+from pipeline.store import RunFolder, io_errors, make_folder, sync_folder, write_atomic
 
 STAGES = ("generate", "critique-revise", "rank")
 
@@ -34,7 +36,7 @@ class ExportReport:
     """What came out. prompts: by split. dropped: dataset -> reason -> texts, pairs or records that made no row.
 
     expected: the training datasets that these stages can fill. labels: chosen of preference rows by origin.
-    helpful: rows that the share asks for, and rows that were used.
+    helpful: rows that the share asks for, and rows that were used. left_out: all of `dropped` one by one, if any.
     """
 
     prompts: Counter[str] = field(default_factory=Counter)
@@ -43,6 +45,7 @@ class ExportReport:
     labels: Counter[str] = field(default_factory=Counter)
     helpful: Counter[str] = field(default_factory=Counter)
     expected: tuple[str, ...] = ()
+    left_out: Path | None = None
 
     def check(self) -> None:
         """Raises IncompleteError (3) if a training dataset has nothing to train on, with the counts by reason."""
@@ -80,6 +83,7 @@ def export_run(run: RunFolder, settings: ExportSettings, *, tie_band: float) -> 
         ranked=stages["rank"],
         settings=settings,
         tie_band=tie_band,
+        left_out=run.losses_path("filtered", "export"),
     )
     if not path.exists():
         write_atomic(path, made_from)
@@ -105,29 +109,34 @@ def export(
     ranked: Iterable[Line] | None,
     settings: ExportSettings,
     tie_band: float,
+    left_out: Path,
 ) -> ExportReport:
     """Writes the datasets under `folder`; stages that were not run are None. Their lines are in the prompts' order.
 
-    tie_band: of the ranking; |p - 0.5| up to this makes no pair. Memory stays bounded for any number of records.
+    tie_band: of the ranking; |p - 0.5| up to this makes no pair. left_out: the file that names what made no row, in the
+    prompts' order; without such it is not there. Memory stays bounded for any number of records.
     """
     # Without a ranking nothing is best; the end of each chain is the nearest thing to it.
     settings = settings.model_copy(update={"sft": "last"}) if settings.sft == "best" and ranked is None else settings
     report = ExportReport(expected=_expected(settings, chains is not None, ranked is not None))
     writers = {name: DatasetWriter(folder / name, schema) for name, schema in schemas(settings.format).items()}
-    for trace in _joined(prompts, drafts, chains, ranked):
-        split = split_of(trace.prompt["messages"], settings.split)
-        report.prompts[split] += 1
-        rows = _Rows(trace, split, settings, report, writers)
-        rows.add_prompt()
-        rows.add_chains()
-        if split != "sft":
-            rows.add_pairs(tie_band)
-        if split != "preference":
-            rows.add_sft()
-        if ranked is not None:
-            rows.add_ranked()
-    if settings.helpful:
-        _add_helpful(settings.helpful, settings, report, writers["sft"])
+    with _losses(left_out) as drop:
+        losses = _Losses(report, drop)
+        for trace in _joined(prompts, drafts, chains, ranked):
+            split = split_of(trace.prompt["messages"], settings.split)
+            report.prompts[split] += 1
+            rows = _Rows(trace, split, settings, report, losses, writers)
+            rows.add_prompt()
+            rows.add_chains()
+            if split != "sft":
+                rows.add_pairs(tie_band)
+            if split != "preference":
+                rows.add_sft()
+            if ranked is not None:
+                rows.add_ranked()
+        if settings.helpful:
+            _add_helpful(settings.helpful, settings, report, losses, writers["sft"])
+    report.left_out = left_out if left_out.exists() else None
     for name, writer in writers.items():
         report.datasets[name] = writer.publish(card_text(name, settings))
     return report
@@ -178,6 +187,40 @@ def _joined(
             )
 
 
+@contextmanager
+def _losses(path: Path) -> Iterator[Callable[[Line], object]]:
+    """Takes lines; the file holds them all at the end, or is not there if there were none."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with io_errors(path):
+            with temporary.open("wb") as file:
+                yield lambda line: file.write(line_bytes(line))
+                file.flush()
+                os.fsync(file.fileno())
+                is_empty = file.tell() == 0
+            if is_empty:
+                path.unlink(missing_ok=True)
+            else:
+                os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Losses(NamedTuple):
+    """Counts what made no row, and writes it down."""
+
+    report: ExportReport
+    write: Callable[[Line], object]
+
+    def add(self, dataset: str, id: str, reason: str, *, row: str = "", target: Target | None = None) -> None:
+        """id: the record's. row: the id of the row that there would have been. target: the text that was at fault."""
+        self.report.dropped[dataset][reason] += 1
+        where = (target.sample, target.round) if target else (-1, -1)
+        self.write(Failure(*where, dataset, reason, row, 1).line(id, "export"))
+
+
 @dataclass
 class _Rows:
     """Adds one record's rows to the datasets, and its losses to the report."""
@@ -186,6 +229,7 @@ class _Rows:
     split: str
     settings: ExportSettings
     report: ExportReport
+    losses: _Losses
     writers: Mapping[str, DatasetWriter]
 
     def add_prompt(self) -> None:
@@ -210,19 +254,25 @@ class _Rows:
 
     def add_sft(self) -> None:
         for target in sft_targets(self.trace, self.settings.sft):
-            if reason := self._why_not(target):
-                self.report.dropped["sft"][reason] += 1
-            elif isinstance(target, Target):
+            if isinstance(target, str):
+                self.losses.add("sft", self.id, target)
+            elif reason := self._why_not(target):
+                self.losses.add("sft", self.id, reason, row=f"{self.id}/{target.name}", target=target)
+            else:
                 row = {"completion": self._answer(target.text), "label_source": target.label_source}
                 self._add("sft", f"/{target.name}", {**row, "principles": sorted(target.principles)})
 
     def add_pairs(self, tie_band: float) -> None:
         for pair in pairs(self.trace, self.settings.pairs, tie_band=tie_band, margin=self.settings.margin):
-            if reason := self._why_no_pair(pair):
-                self.report.dropped["preference"][reason] += 1
-            elif isinstance(pair, Pair):
+            if isinstance(pair, str):
+                self.losses.add("preference", self.id, pair)
+                continue
+            name = f"/{pair.chosen.name}:{pair.rejected.name}"
+            if fault := self._why_no_pair(pair):
+                self.losses.add("preference", self.id, fault[0], row=self.id + name, target=fault[1])
+            else:
                 self.report.labels[pair.chosen.name.partition("-")[0]] += 1
-                self._add("preference", f"/{pair.chosen.name}:{pair.rejected.name}", self._pair_row(pair))
+                self._add("preference", name, self._pair_row(pair))
 
     def add_ranked(self) -> None:
         targets = candidate_targets(self.trace)
@@ -230,11 +280,11 @@ class _Rows:
         candidates = self.trace.ranked["candidates"] if self.trace.ranked else []
         for candidate, target in sorted(zip(candidates, targets, strict=True), key=lambda found: found[0]["rank"]):
             if reason := self._why_not(target):
-                self.report.dropped["ranked"][reason] += 1
+                self.losses.add("ranked", self.id, reason, row=self.id, target=target)
             else:
                 kept.append((candidate, target))
         if len(kept) < 2:
-            self.report.dropped["ranked"]["single_candidate" if self.trace.ranked else "not_ranked"] += 1
+            self.losses.add("ranked", self.id, "single_candidate" if self.trace.ranked else "not_ranked", row=self.id)
             return
         asked = {entry["principle"] for entry in (self.trace.ranked or {})["comparisons"]}
         principles = asked.union(*(target.principles for _, target in kept))
@@ -244,9 +294,12 @@ class _Rows:
         }
         self._add("ranked", "", {**row, "principles": sorted(principles), "label_source": "ai"})
 
-    def _why_not(self, target: Target | str) -> str | None:
-        if isinstance(target, str):
-            return target
+    @property
+    def id(self) -> str:
+        found: str = self.trace.prompt["id"]
+        return found
+
+    def _why_not(self, target: Target) -> str | None:
         return why_not(
             target.text,
             finish_reason=target.finish_reason,
@@ -254,12 +307,12 @@ class _Rows:
             filters=self.settings.filters,
         )
 
-    def _why_no_pair(self, pair: Pair | str) -> str | None:
-        if isinstance(pair, str):
-            return pair
+    def _why_no_pair(self, pair: Pair) -> tuple[str, Target] | None:
+        """The fault, and the text that shows it."""
         if "same_text" in self.settings.filters and is_same(pair.chosen.text, pair.rejected.text):
-            return "same_text"
-        return self._why_not(pair.chosen) or self._why_not(pair.rejected)
+            return "same_text", pair.rejected
+        faults = [(self._why_not(target), target) for target in (pair.chosen, pair.rejected)]
+        return next(((reason, target) for reason, target in faults if reason), None)
 
     def _pair_row(self, pair: Pair) -> dict[str, Any]:
         return {
@@ -296,7 +349,7 @@ def answer_value(text: str, format: str) -> Any:
 
 
 def _add_helpful(
-    helpful: HelpfulSettings, settings: ExportSettings, report: ExportReport, writer: DatasetWriter
+    helpful: HelpfulSettings, settings: ExportSettings, report: ExportReport, losses: _Losses, writer: DatasetWriter
 ) -> None:
     """Adds as many helpful rows as make up their share of each split: those with the smallest hashes.
 
@@ -305,7 +358,7 @@ def _add_helpful(
     own = {split: writer.num_rows(split) for split in ("train", "test")}
     wanted = {split: round(num * helpful.share / (1 - helpful.share)) for split, num in own.items()}
     hashes: dict[str, set[int]] = {"train": set(), "test": set()}
-    for split, row in _helpful_rows(helpful.path, settings, report):
+    for split, row in _helpful_rows(helpful.path, settings, losses):
         hashes[split].add(_hash("helpful", row["id"]))
     chosen = {split: set(heapq.nsmallest(wanted[split], found)) for split, found in hashes.items()}
     for split, row in _helpful_rows(helpful.path, settings, None):
@@ -316,18 +369,17 @@ def _add_helpful(
     report.helpful["wanted"] = sum(wanted.values())
 
 
-def _helpful_rows(
-    path: str, settings: ExportSettings, report: ExportReport | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Split and row of every helpful answer that shows no fault; losses are counted if there is a report."""
+def _helpful_rows(path: str, settings: ExportSettings, losses: _Losses | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Split and row of every helpful answer that shows no fault; the others are counted if there is `losses`."""
     for source in read(Spec(path)):
-        if reason := why_not(source.answer, filters=settings.filters):
-            if report:
-                report.dropped["sft"][f"helpful_{reason}"] += 1
-            continue
         messages = source.messages
+        id = f"helpful/{digest([messages, source.answer])[:32]}"
+        if reason := why_not(source.answer, filters=settings.filters):
+            if losses:
+                losses.add("sft", source.id, f"helpful_{reason}", row=id)
+            continue
         row = {
-            "id": f"helpful/{digest([messages, source.answer])[:32]}",
+            "id": id,
             "prompt": prompt_value(messages, settings.format),
             "completion": answer_value(source.answer, settings.format),
             "tags": [*source.tags, "helpful"],

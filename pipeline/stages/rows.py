@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from statistics import fmean
 from typing import NamedTuple
 
+from constitution.verdicts import ensemble
 from pipeline.errors import CorruptError
 from pipeline.records import Line
+from pipeline.stages.filters import is_same
 
 
 class Trace(NamedTuple):
@@ -36,6 +37,15 @@ class Target(NamedTuple):
     revised: str | None
     principles: frozenset[str]
     label_source: str = "ai"
+
+    @property
+    def sample(self) -> int:
+        return int(self.name.split("-")[1])
+
+    @property
+    def round(self) -> int:
+        """0 for a draft or a given answer."""
+        return int((*self.name.split("-"), "0")[2])
 
 
 class Direct(NamedTuple):
@@ -120,7 +130,7 @@ def direct(ranked: Line, first: int, second: int) -> Direct | None:
     if not counted:
         return Direct(found[0]["status"], None, principles)
     status = "ok" if any(c["status"] == "ok" for c in counted) else "tie"
-    return Direct(status, fmean(c["p"] if c["a"] == first else 1 - c["p"] for c in counted), principles)
+    return Direct(status, ensemble([c["p"] if c["a"] == first else 1 - c["p"] for c in counted]), principles)
 
 
 def _labelled(
@@ -188,15 +198,18 @@ def _revisions(trace: Trace, sample: int) -> Iterator[tuple[Target, Line]]:
     A round starts from the last revision that was not judged worse, so its principles are those of these rounds.
     """
     draft = _draft(trace, sample)
-    before = draft.text if draft else None
+    before, ended = (draft.text, draft.finish_reason) if draft else (None, "stop")
     led_here: frozenset[str] = frozenset()
     rounds: list[Line] = next((chain["rounds"] for chain in _chains(trace) if chain["sample"] == sample), [])
     for n, entry in enumerate(rounds, start=1):
         principles = led_here | ({entry["principle"]} if entry["principle"] else set())
         name = f"revision-{sample}-{n}"
-        yield Target(name, entry["revision"], entry["finish_reason"], before, principles), entry
+        # A copy of a text that was cut is cut too, however its own reply ended.
+        is_copy = before is not None and is_same(entry["revision"], before)
+        finish_reason = ended if is_copy else entry["finish_reason"]
+        yield Target(name, entry["revision"], finish_reason, before, principles), entry
         if entry["verdict"] != "worse":
-            before, led_here = entry["revision"], principles
+            before, ended, led_here = entry["revision"], finish_reason, principles
 
 
 def _last(trace: Trace, sample: int) -> Target | str:

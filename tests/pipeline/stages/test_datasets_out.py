@@ -73,10 +73,12 @@ def test_a_dataset_without_rows_leaves_nothing_unless_it_had_some(tmp_path: Path
     publish(folder, "a")
     assert publish(folder, "").version == "v0002"
     assert read_card(folder)["files"] == {}
+    assert "No row was left for this dataset" in (folder / "README.md").read_text()
     with pytest.raises(FileNotFoundError, match="data files"):
         load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert not publish(folder, "").is_new
     assert publish(folder, "a").version == "v0003"
+    assert "No row was left" not in (folder / "README.md").read_text()
 
 
 class Killed(BaseException):

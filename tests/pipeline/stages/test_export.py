@@ -92,6 +92,7 @@ def write(folder: Path, records: Iterable[Record], *, stages: int = 3, **setting
         ranked=lines[3] if stages > 2 else None,
         settings=ExportSettings(**settings),
         tie_band=0.05,
+        left_out=folder.with_name(f"{folder.name}-left-out.jsonl"),
     )
 
 
@@ -342,10 +343,63 @@ def test_records_that_a_stage_lost_are_counted(tmp_path: Path) -> None:
     prompts = [record(f"r{i}")["prompt"] for i in range(3)]
     chains = [{"id": "r1", "chains": [{"sample": 0, "rounds": [entry("a1", "improved", 0.9)]}]}]
     report = export(
-        tmp_path, prompts, drafts=None, chains=chains, ranked=None, settings=ExportSettings(split=SFT), tie_band=0.05
+        tmp_path,
+        prompts,
+        drafts=None,
+        chains=chains,
+        ranked=None,
+        settings=ExportSettings(split=SFT),
+        tie_band=0.05,
+        left_out=tmp_path / "left-out.jsonl",
     )
     assert report.dropped["sft"] == {"no_chain": 2}
     assert len(rows(tmp_path, "sft")) == 1
+
+
+def left_out(folder: Path) -> list[Record]:
+    path = folder.with_name(f"{folder.name}-left-out.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_what_made_no_row_is_written_down_with_its_reason(tmp_path: Path) -> None:
+    chains = [[entry("a0", "same", 0.5)], [entry("Assistant: b", "improved", 0.9)]]
+    folder = tmp_path / "out"
+    report = write(folder, [record(chains=chains), record("r2")], stages=2, sft="all", split=SFT)
+    assert report.left_out == tmp_path / "out-left-out.jsonl"
+    common = {"id": "r1", "stage": "export", "turn": 1, "kind": "sft", "attempts": 1}
+    assert left_out(folder) == [
+        {**common, "sample": 0, "reason": "unchanged", "detail": "r1/revision-0-1"},
+        {**common, "sample": 1, "reason": "role_confusion", "detail": "r1/revision-1-1"},
+    ]
+    write(folder, [record(drafts=[("a0", "stop"), ("b0", "length")])], split=PREFERENCE)
+    assert [
+        (line["kind"], line["reason"], line["sample"], line["turn"], line["detail"]) for line in left_out(folder)
+    ] == [
+        ("preference", "cut", 1, 0, "r1/revision-0-2:draft-1"),
+        ("ranked", "cut", 1, 0, "r1"),
+    ]
+    assert write(folder, [record()], split=SFT).left_out is None
+    assert left_out(folder) == []
+
+
+def test_as_many_losses_are_written_down_as_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "helpful.jsonl"
+    path.write_text('{"prompt": "h", "completion": "Assistant: no"}\n')
+    helpful = {"path": str(path), "share": 0.5}
+    report = write(tmp_path / "out", [record(f"r{i}") for i in range(20)], pairs="all", helpful=helpful)
+    found = left_out(tmp_path / "out")
+    assert len(found) == sum(sum(counts.values()) for counts in report.dropped.values()) > 20
+    assert [line["reason"] for line in found[-1:]] == ["helpful_role_confusion"]
+    ids = [line["id"] for line in found[:-1]]
+    assert ids == sorted(ids, key=lambda id: int(id[1:]))
+
+
+def test_a_copy_of_a_text_that_was_cut_makes_no_row(tmp_path: Path) -> None:
+    chains = [[entry("a0 ", "same", 0.5), entry("a0", "same", 0.5)], [entry("b1", "improved", 0.9)]]
+    cut = record(drafts=[("a0", "length"), ("b0", "length")], chains=chains)
+    report = write(tmp_path, [cut], stages=2, sft="all", split=SFT, filters=())
+    assert completions(rows(tmp_path, "sft")) == {"r1/revision-1-1": "b1"}
+    assert report.dropped["sft"] == {"cut": 2}
 
 
 def test_a_line_that_belongs_to_no_prompt_is_corruption(tmp_path: Path) -> None:
@@ -359,7 +413,9 @@ def test_a_line_that_belongs_to_no_prompt_is_corruption(tmp_path: Path) -> None:
             ranked=None,
             settings=settings,
             tie_band=0.05,
+            left_out=tmp_path / "left-out.jsonl",
         )
+    assert not list(tmp_path.glob("*left-out*"))
 
 
 def test_a_run_folder_exports_what_its_stages_published(tmp_path: Path) -> None:
