@@ -105,7 +105,7 @@ class SplitSettings(Section):
         return self
 
 
-FILTERS = ("role_confusion", "meta_prefix", "repeated_ngrams", "unchanged", "empty", "cut", "same_text")
+FILTERS = ("role_confusion", "meta_prefix", "repeated_ngrams", "unchanged", "same_text")
 
 
 class ExportSettings(Section):
