@@ -6,7 +6,6 @@ Nothing that could not be read becomes a number: a reading abstains, and what is
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -63,12 +62,6 @@ def read_labels(logprobs: Mapping[str, float] | None, labels: Sequence[str], *, 
     if mass <= 0.0 or mass < min_mass or not complete:
         return Reading({}, mass_read, "abstain")
     return Reading({label: shares.get(label, 0.0) / mass for label in labels}, mass_read, "ok")
-
-
-def parse_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a reply consists of, give or take brackets, quotes, a full stop and white space; else None."""
-    match = re.fullmatch(r"""\s*[(\["'*]*([^\s()\[\]"'*.:]+)[)\]"'*.:]*\s*""", text)
-    return match[1] if match and match[1] in labels else None
 
 
 def prefers_a(reading: Reading, *, a_first: bool) -> float | None:

@@ -108,7 +108,7 @@ def _unusable(reply: Reply) -> str:
 
 
 async def ask_labels(ask: Ask, voice: Voice, prompt: Prompt, kind: str, labels: Sequence[str]) -> tuple[Reading, str]:
-    """The probabilities of the labels as the reply, and how they were had (logprobs, topk, votes)."""
+    """The probabilities of the labels as the reply, and how they were had (logprobs, topk)."""
     reply = await _asked(ask, voice.engine, Request(prompt, kind, labels=tuple(labels)))
     return read_labels(reply.logprobs, labels), reply.method
 

@@ -10,7 +10,6 @@ from constitution.verdicts import (
     ensemble,
     grade,
     judge_revision,
-    parse_label,
     prefers_a,
     read_labels,
     rescale,
@@ -57,21 +56,6 @@ def test_what_is_no_log_probability_abstains():
 def test_one_impossible_label_is_a_reading():
     reading = read_labels({"A": math.log(0.5), "B": -math.inf}, AB)
     assert reading.probabilities == {"A": 1.0, "B": 0.0}
-
-
-@pytest.mark.parametrize("text", ["A", " A\n", "(A)", "A.", '"A"', "**A**", "[A]:"])
-def test_a_reply_that_is_only_the_label_is_parsed(text):
-    assert parse_label(text, AB) == "A"
-
-
-@pytest.mark.parametrize("text", ["", "C", "a", "A or B", "AB", "Answer A", "A\nB", "I cannot say", "A (B)"])
-def test_any_other_reply_is_not(text):
-    assert parse_label(text, AB) is None
-
-
-def test_ten_is_not_one():
-    assert parse_label("10", GRADE_LABELS) == "10"
-    assert parse_label("100", GRADE_LABELS) is None
 
 
 def test_the_first_label_means_a_only_when_a_came_first():
