@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
 import signal
 import time
+from bisect import bisect_right
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.support import Command, Server, kill_group, published, wait_for, write_prompts
 
-SMALL = ["--set", "generate.samples=1", "--set", "critique_revise.rounds=1", "--set", "engine.concurrency=8"]
-IN_FLIGHT = 2 * 8
+SLOTS = 8
+SMALL = ["--set", "generate.samples=1", "--set", "critique_revise.rounds=1", "--set", f"engine.concurrency={SLOTS}"]
+IN_FLIGHT = 2 * SLOTS
 """At a fault: so many requests at the server, and as many replies on their way from there to the disk."""
 Serve = Callable[..., Server]
 Files = dict[str, str]
 
 
-def start(cai: Command, server: Server) -> list[str]:
-    """The arguments of a run over 20 prompts in 4 shards."""
+def start(cai: Command, server: Server, *, num: int = 20) -> list[str]:
+    """The arguments of a run over `num` prompts in 4 shards."""
     prompts = cai.folder / "prompts.jsonl"
     if not prompts.exists():
-        write_prompts(prompts, 20)
-    return ["run", "--run", "r", "--prompts", str(prompts), "--set", "prompts.shard_size=5", *server.options(*SMALL)]
+        write_prompts(prompts, num)
+    size = f"prompts.shard_size={num // 4}"
+    return ["run", "--run", "r", "--prompts", str(prompts), "--set", size, *server.options(*SMALL)]
+
+
+def run_undisturbed(folder: Path, *, num: int) -> tuple[Files, int]:
+    """What such a run publishes when nothing happens to it, and how many requests it makes."""
+    server, cai = Server(folder), Command(folder)
+    done = cai(*start(cai, server, num=num))
+    server.stop()
+    assert done.returncode == 0, done.stderr
+    assert server.repeated() == 0
+    return published(folder / "r"), server.num_received()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """What such a run publishes when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    server, cai = Server(folder), Command(folder)
-    done = cai(*start(cai, server))
-    server.stop()
-    assert done.returncode == 0, done.stderr
-    assert server.repeated() == 0
-    return published(folder / "r")
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), num=20)[0]
 
 
 def check_resumes(cai: Command, server: Server, undisturbed: Files, *, kills: int = 1) -> None:
@@ -56,17 +64,53 @@ def test_a_finished_run_asks_nothing_and_changes_nothing(cai: Command, serve: Se
     assert server.num_received() == len({line["key"] for line in server.received()})
 
 
-def test_twenty_kills_at_random_times_leave_no_trace(cai: Command, serve: Serve, undisturbed: Files) -> None:
-    server = serve("latency_s: 0.01")
+def by_life(ledger: Path, kills: list[int]) -> tuple[list[int], list[int]]:
+    """Between two kills each: how many requests came, and how many of them came once more after the kill.
+
+    kills: the ledger's length in bytes at each kill, ascending.
+    """
+    asked, again = [0] * (len(kills) + 1), [0] * (len(kills) + 1)
+    last: dict[str, int] = {}
+    place = 0
+    for raw in ledger.read_bytes().splitlines(keepends=True):
+        life, line = bisect_right(kills, place), json.loads(raw)
+        place += len(raw)
+        if line["event"] == "received":
+            asked[life] += 1
+            before = last.get(line["key"])
+            last[line["key"]] = life
+            if before is not None:
+                assert before < life, "asked twice without a kill between"
+                again[before] += 1
+    return asked, again
+
+
+def test_twenty_kills_at_random_times_leave_no_trace(
+    cai: Command, serve: Serve, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    num = 80
+    expected, requests = run_undisturbed(tmp_path_factory.mktemp("undisturbed"), num=num)
+    server = serve("latency_s: [0.005, 0.02]")
     chance = random.Random(7)
+    kills: list[int] = []
     for _ in range(20):
-        process = cai.start(*start(cai, server))
-        until = server.num_received() + chance.randrange(20)
-        end = time.monotonic() + chance.uniform(0.2, 2.0)
-        while process.poll() is None and server.num_received() <= until and time.monotonic() < end:
+        process = cai.start(*start(cai, server, num=num))
+        until = server.num_received() + chance.randrange(2 * requests // 21)
+        while process.poll() is None and server.num_received() <= until:
             time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.02))
         kill_group(process)
-    check_resumes(cai, server, undisturbed, kills=20)
+        kills.append(server.ledger.stat().st_size)
+    done = cai(*start(cai, server, num=num))
+    assert done.returncode == 0, done.stderr
+    assert published(cai.folder / "r") == expected
+    asked, again = by_life(server.ledger, kills)
+    assert min(asked) > 0, "every kill hits the middle of the run"
+    assert sum(asked) == requests + sum(again)
+    # What comes again was in flight at the kill: at most one request for each slot, unless it hit an fsync, for which
+    # replies wait with their slots free.
+    assert sorted(again)[len(kills) // 2] <= SLOTS
+    assert max(again) <= IN_FLIGHT
 
 
 @pytest.mark.parametrize(
