@@ -94,13 +94,11 @@ class RunFolder:
 
     def __init__(self, path: Path | str, *, create: bool = False) -> None:
         self.path = Path(path)
+        self.check(self.path, create=create)
         marker = self.path / "run.json"
         if not marker.exists():
-            if not create:
-                raise UsageError(
-                    f"{self.path}: no run here; start one: cai run --run {self.path} --prompts FILE --model MODEL"
-                )
-            self._create(marker)
+            make_folder(self.path)
+            write_atomic(marker, canonical({"format": FORMAT}) + b"\n")
         info = read_json(marker)
         if not isinstance(info, dict) or info.get("format") != FORMAT:
             found = info.get("format") if isinstance(info, dict) else None
@@ -109,18 +107,22 @@ class RunFolder:
                 "use the cai that made it, or another --run"
             )
 
-    def _create(self, marker: Path) -> None:
-        name = self.path.resolve().name
+    @staticmethod
+    def check(path: Path, *, create: bool) -> None:
+        """Raises UsageError unless there is a run or, with `create`, a place where one may be made. Writes nothing."""
+        if (path / "run.json").exists():
+            return
+        if not create:
+            raise UsageError(f"{path}: no run here; start one: cai run --run {path} --prompts FILE --model MODEL")
+        name = path.resolve().name
         if not RUN_NAME.fullmatch(name):
             raise UsageError(
-                f"{self.path}: {name!r} is no run name; use lower-case letters, digits, '.', '_', '-', at most 64"
+                f"{path}: {name!r} is no run name; use lower-case letters, digits, '.', '_', '-', at most 64"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path}: is a file, not a run folder; choose another --run")
-        if self.path.is_dir() and any(p.name not in (".run.json.tmp", "lock") for p in self.path.iterdir()):
-            raise UsageError(f"{self.path}: not empty and no run folder (no run.json); choose another --run")
-        make_folder(self.path)
-        write_atomic(marker, canonical({"format": FORMAT}) + b"\n")
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file, not a run folder; choose another --run")
+        if path.is_dir() and any(p.name not in (".run.json.tmp", "lock") for p in path.iterdir()):
+            raise UsageError(f"{path}: not empty and no run folder (no run.json); choose another --run")
 
     def manifest(self, stage: str) -> Manifest | None:
         """The stage's manifest, None if the stage has published nothing."""

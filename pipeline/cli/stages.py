@@ -84,6 +84,7 @@ def export_command(
     settings = recipe.resolve(run, config, assignments, flags)
     with locked(run), logged(run, console.report):
         job, _ = recipe.open_job(run, settings)
+        recipe.keep_inputs(job)
         _export(console, job)
 
 
@@ -153,8 +154,9 @@ def _run_stages(
         return
     stop_on_signals()
     is_first = bool(prompts) or "generate" in names
-    RunFolder(run, create=is_first)
+    RunFolder.check(run, create=is_first)
     with locked(run), logged(run, console.report):
+        RunFolder(run, create=is_first)
         job, changed = recipe.open_job(run, settings, frozen=frozen)
         for line in changed:
             console.say(f"changed since the last call: {line}")
