@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.evaluate.intervals import Rate, wilson
+from pipeline.intervals import Rate, wilson
 from pipeline.nano import world
 from pipeline.records import Line, Message
 from pipeline.store import RunFolder

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from constitution import prompts
+from pipeline.intervals import wilson
 from pipeline.nano import lessons, path, words, world
 from pipeline.records import Message
 
@@ -34,11 +34,8 @@ class Rate(NamedTuple):
 
 def rate(hits: Sequence[bool]) -> Rate:
     """The share of True with the interval of Wilson 1927, in percent."""
-    n, z = len(hits), 1.959964
-    p = sum(hits) / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    return Rate(round(100 * p, 1), round(scale * (centre - half), 1), round(scale * (centre + half), 1), n)
+    found = wilson(sum(hits), len(hits))
+    return Rate(*(round(100 * share, 1) for share in (found.share, found.low, found.high)), found.cases)
 
 
 class Nano:

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 FLOORS = {
-    **dict.fromkeys(("errors", "records", "config", "store", "sources", "conversations", "worddiff", "calllog"), 0),
+    **dict.fromkeys(
+        ("errors", "records", "config", "store", "sources", "intervals", "conversations", "worddiff", "calllog"), 0
+    ),
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),

@@ -1,21 +1,12 @@
-"""The demo's table on a run whose texts are graded by hand, and the interval against a textbook's value."""
+"""The demo's table on a run whose texts are graded by hand."""
 
 from random import Random
 
 import pytest
 
 from pipeline.evaluate.behaviour import behaviour, table
-from pipeline.evaluate.intervals import wilson
 from pipeline.nano import world
 from pipeline.store import RunFolder, StageWriter
-
-
-def test_the_wilson_interval_is_that_of_the_formula_by_hand():
-    # p = 0.1, n = 10: centre (0.1 + 3.8415/20)/1.38415 = 0.2110, half 1.96*sqrt(0.009 + 0.0096)/1.38415 = 0.1932.
-    rate = wilson(1, 10)
-    assert rate.low == pytest.approx(0.0179, abs=2e-4)
-    assert rate.high == pytest.approx(0.4042, abs=2e-4)
-    assert (wilson(0, 5).low, wilson(5, 5).high) == (0.0, 1.0)
 
 
 def publish(run: RunFolder, stage: str, lines: list[dict]) -> None:
