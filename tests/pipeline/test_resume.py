@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from constitution.principles import default_path
+from pipeline.stages.datasets_out import read_card, verify
 from tests.support import Command, Server, lines, play, published, write_prompts
 
 Serve = Callable[..., Server]
@@ -56,9 +57,11 @@ def test_any_sharding_gives_the_same_lines_and_the_same_datasets(usual: Path, tm
 def test_calls_that_add_prompts_end_in_the_datasets_of_one_call_over_all(usual: Path, tmp_path: Path) -> None:
     for num in (1, 9, 10, 21, 30):
         play(tmp_path / "r", tree(write_prompts(tmp_path / "p.jsonl", num)))
-    rows = published(tmp_path / "r", ("datasets",)), published(usual, ("datasets",))
-    parquet = [{sha for name, sha in files.items() if name.endswith(".parquet")} for files in rows]
-    assert parquet[1] <= parquet[0]
+    for name in DATASETS:
+        many, one = tmp_path / "r" / "datasets" / name, usual / "datasets" / name
+        assert read_card(many)["version"] > read_card(one)["version"] == "v0001"
+        current = [{split: path.read_bytes() for split, path in verify(folder).items()} for folder in (many, one)]
+        assert current[0] == current[1] != {}
 
 
 def test_a_limit_and_then_none_asks_nothing_twice(cai: Command, serve: Serve, usual: Path) -> None:
