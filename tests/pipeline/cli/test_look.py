@@ -106,8 +106,11 @@ def test_a_run_of_another_format_is_refused(cai: Command, run: Path) -> None:
 def test_status_counts_and_names_the_next_command(cai: Command, run: Path) -> None:
     lines = cai("status", "-r", "r").stdout.splitlines()
     assert lines[2].split() == ["generate", "1", "3", "3", "0", "0", "complete"]
-    assert "critique-revise: drafts_satisfied 6, first_rounds 6, stopped 0, verdict_same 12" in lines
-    assert lines[-2:] == ["to do: nothing, the run is complete", "next: cai show --run r"]
+    tallies = next(line for line in lines if line.startswith("critique-revise: "))
+    assert "drafts_satisfied 6, drafts_worsened 0, first_rounds 6, lost_samples 0, lost_verdicts 0" in tallies
+    assert tallies.endswith("samples 6, stopped 0, verdict_same 12")
+    to_do = lines.index("to do: nothing, the run is complete")
+    assert lines[to_do + 1] == "next: cai show --run r"
     report = json.loads(cai("status", "-r", "r", "--json").stdout)
     assert (report["command"], report["run"], report["exit_code"], report["error"]) == ("status", "r", 0, None)
     assert report["counts"]["generate"] == {
