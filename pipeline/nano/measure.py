@@ -35,7 +35,8 @@ class Rate(NamedTuple):
 def rate(hits: Sequence[bool]) -> Rate:
     """The share of True with the interval of Wilson 1927, in percent."""
     found = wilson(sum(hits), len(hits))
-    return Rate(*(round(100 * share, 1) for share in (found.share, found.low, found.high)), found.cases)
+    share, low, high = (round(100 * value, 1) for value in (found.share, found.low, found.high))
+    return Rate(share, low, high, found.cases)
 
 
 class Nano:

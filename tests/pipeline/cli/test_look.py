@@ -121,6 +121,8 @@ def test_status_counts_and_names_the_next_command(cai: Command, run: Path) -> No
         "ok": 3,
         "filtered": 0,
         "failed": 0,
+        "samples": 6,
+        "lost_samples": 0,
         "completions": 6,
         "completions_cut": 0,
     }
