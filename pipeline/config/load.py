@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from constitution import yamlfile
-from pipeline.config.settings import EngineSettings, Settings
+from pipeline.config.settings import EngineSettings, Settings, origins
 from pipeline.errors import UsageError
 
 Tree = dict[str, Any]
@@ -30,6 +30,7 @@ class Layers:
 
     def add(self, tree: Tree, place: str, places: Mapping[tuple[str, ...], str] | None = None) -> None:
         """Lays `tree` over what is there. A list replaces a list."""
+        self._forget_key_of_another_origin(tree.get("engine"))
         for path, value in _leaves(tree):
             node = self.tree
             for key in path[:-1]:
@@ -41,6 +42,14 @@ class Layers:
             self.places = {where: found for where, found in self.places.items() if where[: len(path)] != path}
             self.places[path] = place
         self.places |= {where: found for where, found in (places or {}).items() if where}
+
+    def _forget_key_of_another_origin(self, engine: Any) -> None:
+        """A layer that only moves the endpoint does not send the key that a lower layer named for another one."""
+        below = self.tree.get("engine", {})
+        if isinstance(engine, dict) and "base_urls" in engine and isinstance(below, dict):
+            urls, urls_below = (list(section.get("base_urls") or ()) for section in (engine, below))
+            if origins(map(str, urls)) != origins(map(str, urls_below)):
+                below.pop("api_key_env", None)
 
     def add_file(self, path: Path) -> None:
         try:

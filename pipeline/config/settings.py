@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def origins(urls: Iterable[str]) -> list[str]:
+    """What stands before the path of each address: equal texts are one origin, whatever a URL parser makes of them."""
+    return ["/".join(url.split("/", 3)[:3]).lower() for url in urls]
 
 
 class Section(BaseModel):
@@ -35,6 +41,8 @@ class EngineSettings(Section):
     def _one_endpoint(self) -> EngineSettings:
         if len(self.base_urls) > 1:
             raise ValueError("one endpoint is supported; name one URL in base_urls")
+        if any("@" in origin for origin in origins(self.base_urls)):
+            raise ValueError("no password belongs into an address; name a variable in api_key_env")
         return self
 
 
@@ -148,11 +156,6 @@ class Settings(Section):
         own sends none (`api_key_env` is then empty).
         """
         found = EngineSettings.model_validate({**self.engine.model_dump(), **section})
-        if "api_key_env" in section or _origins(found) == _origins(self.engine):
+        if "api_key_env" in section or origins(found.base_urls) == origins(self.engine.base_urls):
             return found
         return found.model_copy(update={"api_key_env": ""})
-
-
-def _origins(engine: EngineSettings) -> list[str]:
-    """What stands before the path of each address: equal texts are one origin, whatever a URL parser makes of them."""
-    return ["/".join(url.split("/", 3)[:3]).lower() for url in engine.base_urls]

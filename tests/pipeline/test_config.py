@@ -144,3 +144,19 @@ def test_judge_and_critic_say_only_what_differs_from_the_engine() -> None:
 def test_settings_cannot_be_changed_behind_a_runs_back() -> None:
     with pytest.raises(ValidationError):
         EngineSettings().concurrency = 3  # type: ignore[misc]
+
+
+def test_an_endpoint_from_a_higher_layer_does_not_get_the_key_that_the_file_named_for_its_own(tmp_path, monkeypatch):
+    file = tmp_path / "c.yaml"
+    file.write_text("engine:\n  base_urls: [http://one:1/v1]\n  api_key_env: KEY_OF_ONE\n")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert read_layers(None, file, (), {}).engine.api_key_env == "KEY_OF_ONE"
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://one:1/other")
+    assert read_layers(None, file, (), {}).engine.api_key_env == "KEY_OF_ONE"
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://two:1/v1")
+    assert read_layers(None, file, (), {}).engine.api_key_env == "OPENAI_API_KEY"
+
+
+def test_a_password_in_an_address_is_refused():
+    with pytest.raises(UsageError, match="no password belongs into an address"):
+        read_layers(None, None, ["engine.base_urls=[http://me:secret@host/v1]"], {})
