@@ -82,12 +82,12 @@ def candidates(record: Record, which: str) -> list[Candidate]:
     found += [Candidate("draft", c["sample"], 0, c["model"], c["text"]) for c in drafts]
     models = {c["sample"]: c["model"] for c in drafts}
     for chain in record.lines.get("critique-revise", {}).get("chains", []):
-        revisions = [
-            Candidate("revision", chain["sample"], n, models[chain["sample"]], entry["revision"])
-            for n, entry in enumerate(chain["rounds"], start=1)
-            if which == "all" or entry["verdict"] != "worse"
-        ]
-        found += revisions if which == "all" else revisions[-1:]
+        sample, rounds = chain["sample"], list(enumerate(chain["rounds"], start=1))
+        kept = [(n, entry["revision"]) for n, entry in rounds if which == "all" or entry["verdict"] != "worse"]
+        if which == "ends":
+            # A later round may have copied the text; the round that wrote it is the one to name.
+            kept = [(n, text) for n, text in kept if text == kept[-1][1]][:1]
+        found += [Candidate("revision", sample, n, models[sample], text) for n, text in kept]
     first: dict[str, Candidate] = {}
     for candidate in sorted(found, key=lambda c: (c.round, c.sample)):
         first.setdefault(candidate.text, candidate)

@@ -16,7 +16,7 @@ from pipeline.errors import RequestFailed
 from pipeline.records import Outcome, Record
 from pipeline.stages.asking import Voice
 from pipeline.stages.critique_revise import CritiqueRevise, critique_revise
-from pipeline.stages.rank import Rank, rank, tally
+from pipeline.stages.rank import Rank, candidates, rank, tally
 from tests.support import Told, a_or_b, label_reply, run_stage, shown
 
 CONSTITUTION = Constitution.default()
@@ -330,3 +330,19 @@ def test_what_the_revision_was_verified_with_is_not_asked_again(tmp_path: Path) 
     (comparison,) = line["comparisons"]
     # (a, b) is (draft, revision) here and (revision, draft) there: the probabilities are each other's complement.
     assert comparison["p"] == pytest.approx(1 - line_of(outcome)["chains"][0]["rounds"][0]["p"])
+
+
+def test_the_end_of_a_chain_is_named_after_the_round_that_wrote_it_not_after_its_copies():
+    rounds = [
+        {"revision": "worse", "verdict": "worse"},
+        {"revision": "new", "verdict": "improved"},
+        {"revision": "new", "verdict": "same"},
+    ]
+    lines = {
+        "generate": {"completions": [{"sample": 0, "text": "old", "model": "m"}]},
+        "critique-revise": {"chains": [{"sample": 0, "rounds": rounds}]},
+    }
+    record = Record("r", [{"role": "user", "content": "?"}], 0, lines=lines)
+    found = candidates(record, "ends")
+    assert [(c.origin, c.round, c.text) for c in found] == [("draft", 0, "old"), ("revision", 2, "new")]
+    assert [c.round for c in candidates(record, "all")] == [0, 1, 2]
