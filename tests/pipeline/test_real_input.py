@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from pipeline.nano import example_prompts
 from pipeline.store import RunFolder
 from tests.support import Command
 
@@ -43,9 +44,9 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
         tasks.write_bytes(TASKS.read_bytes())
     else:
         warnings.warn(f"no {SHARED}: tested on a few prompts written here instead", stacklevel=1)
-        talk = "\n\nHuman: What is in\n\na pot?\n\nAssistant: Soup.\n\nIt is hot.\n\nHuman: And in pot %d?"
-        talk += "\n\nAssistant: Tea."
-        lines = [{"chosen": talk % n, "rejected": (talk % n).replace("Tea", "Mud")} for n in range(12)]
+        asked = [json.loads(line)["messages"][-1]["content"] for line in example_prompts().open()][:NUM_TRANSCRIPTS]
+        talk = "\n\nHuman: What is in\n\na pot?\n\nAssistant: Soup.\n\nIt is hot.\n\nHuman: {}\n\nAssistant: {}"
+        lines = [{"chosen": talk.format(text, "Tea."), "rejected": talk.format(text, "Mud.")} for text in asked]
         transcripts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         task = {"id": "seed_0", "instruction": "Add the numbers.", "instances": [{"input": "1 2", "output": "3"}]}
         tasks.write_text(json.dumps(task) + "\n")
