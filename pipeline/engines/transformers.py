@@ -25,6 +25,7 @@ from pipeline.lm.check import check_decoding
 from pipeline.lm.decode import Decoder, LabelQuery, Row
 from pipeline.lm.load import load
 from pipeline.lm.templates import Chat, split_reasoning
+from pipeline.records import Prompt
 
 _GATHER_S = 0.002  # an idle engine waits this long for the first request's company
 _PATIENCE = 8  # steps a request may wait for company before it joins the batch
@@ -74,6 +75,7 @@ class TransformersEngine:
             "deterministic": str(deterministic).lower(),
         }
         self.neutralised = 0
+        self._longest_token = max(map(len, loaded.tokenizer.get_vocab()))
         self._deterministic = deterministic
         self._decoder = _decoder(loaded.model, concurrency=concurrency, alone=deterministic)
         self._inbox: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
@@ -92,6 +94,7 @@ class TransformersEngine:
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers; raises RequestFailed (`too_long`, `bad_roles`, `empty_prompt`), ResourceError, EngineRefused."""
+        self._check_characters(request.prompt)
         encoded = self.chat.prompt(request.prompt, reasoning=not request.labels)
         self.neutralised += encoded.neutralised
         job = self._job(request, encoded.token_ids)
@@ -132,7 +135,13 @@ class TransformersEngine:
             stopped=_stopper(self.chat, request.stop) if request.stop else None,
         )
 
-    def _check_length(self, prompt: int, needed: int) -> None:
+    def _check_characters(self, prompt: Prompt) -> None:
+        """Refuses a hopeless prompt before it is tokenised: no token holds more characters than the longest one."""
+        size = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+        fewest = size // self._longest_token
+        self._check_length(f"at least {fewest}", fewest)
+
+    def _check_length(self, prompt: int | str, needed: int) -> None:
         if self.context is not None and needed > self.context:
             advice = "shorten it or raise engine.context as far as the model allows"
             raise RequestFailed("too_long", f"prompt has {prompt} tokens, context is {self.context}; {advice}")

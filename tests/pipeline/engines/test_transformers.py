@@ -128,6 +128,17 @@ def test_a_prompt_longer_than_the_context_fails_alone(folder: Path) -> None:
     with_engine(folder, work, context=100)
 
 
+def test_a_hopelessly_long_prompt_is_refused_before_it_is_tokenised(folder: Path, monkeypatch) -> None:
+    async def work(engine: TransformersEngine) -> None:
+        monkeypatch.setattr(engine.chat, "prompt", None)
+        for prompt in ("word " * 100_000, [{"role": "user", "content": "word " * 100_000}]):
+            with pytest.raises(RequestFailed, match="at least") as failed:
+                await engine.ask(Request(prompt, "draft", max_tokens=5))
+            assert failed.value.reason == "too_long"
+
+    with_engine(folder, work, context=100)
+
+
 def test_max_tokens_is_cut_down_to_the_context(folder: Path) -> None:
     (reply,) = ask_all(folder, [Request("x" * 20, "draft", max_tokens=1000)], context=40)
     assert sum(reply.usage[:2]) <= 40
