@@ -10,6 +10,7 @@ from pipeline.errors import CorruptError, IncompleteError, UsageError
 from pipeline.stages.datasets_out import read_card, verify
 from pipeline.stages.export import ExportReport, export, export_run, split_of
 from pipeline.store import RunFolder, StageWriter
+from tests.pipeline.stages.lines import candidate, comparison, entry
 
 SFT, PREFERENCE, TEST = (
     SplitSettings(sft=1.0, preference=0.0, test=0.0),
@@ -18,28 +19,6 @@ SFT, PREFERENCE, TEST = (
 )
 COMMON = ["id", "prompt", "tags", "principles", "label_source"]
 Record = dict[str, Any]
-
-
-def entry(revision: str, verdict: str, p: float | None, principle: str = "kind", **more: Any) -> Record:
-    line = {"principle": principle, "critique": "It is curt.", "revision": revision, "finish_reason": "stop"}
-    return {**line, "verdict": verdict, "stopped": False, **({} if p is None else {"p": p}), **more}
-
-
-def candidate(origin: str, sample: int, round: int, text: str, score: float, rank: int) -> Record:
-    return {
-        "origin": origin,
-        "sample": sample,
-        "round": round,
-        "model": "m",
-        "text": text,
-        "score": score,
-        "rank": rank,
-    }
-
-
-def comparison(a: int, b: int, p: float | None, status: str = "ok", principle: str = "calm") -> Record:
-    line = {"a": a, "b": b, "principle": principle, "status": status, "method": "logprobs", "label_mass": 0.9}
-    return line if p is None else {**line, "p_ab": p, "p_ba": p, "p": p}
 
 
 def record(id: str = "r1", **changes: Any) -> Record:

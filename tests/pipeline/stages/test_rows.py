@@ -4,30 +4,9 @@ import pytest
 
 from pipeline.errors import CorruptError
 from pipeline.stages.rows import Pair, Target, Trace, pairs, sft_targets
+from tests.pipeline.stages.lines import candidate, comparison, entry
 
 Line = dict[str, Any]
-
-
-def entry(revision: str, verdict: str, p: float | None, principle: str = "kind", **more: Any) -> Line:
-    line = {"principle": principle, "critique": "It is curt.", "revision": revision, "finish_reason": "stop"}
-    return {**line, "verdict": verdict, "stopped": False, **({} if p is None else {"p": p}), **more}
-
-
-def candidate(origin: str, sample: int, round: int, text: str, score: float, rank: int) -> Line:
-    return {
-        "origin": origin,
-        "sample": sample,
-        "round": round,
-        "model": "m",
-        "text": text,
-        "score": score,
-        "rank": rank,
-    }
-
-
-def comparison(a: int, b: int, p: float | None, status: str = "ok", principle: str = "calm") -> Line:
-    line = {"a": a, "b": b, "principle": principle, "status": status, "method": "logprobs", "label_mass": 0.9}
-    return line if p is None else {**line, "p_ab": p, "p_ba": p, "p": p}
 
 
 CHAINS = [
