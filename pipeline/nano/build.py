@@ -38,9 +38,9 @@ LEARNING_RATE = 2e-3
 WARM_UP = 0.02
 LOG_EVERY = 100
 WEIGHT_DECAY = 0.05
-BATCH_TOKENS = 2560
-BATCH_WEIGHT = 0.155 * BATCH_TOKENS
-POOL = 256
+BATCH_TOKENS = 5120
+BATCH_WEIGHT = 0.215 * BATCH_TOKENS
+POOL = 1024
 
 
 class Row(NamedTuple):
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.nano.build", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=45, help="time to train, before measuring (default 45)")
+    parser.add_argument("--minutes", type=float, default=50, help="time to train, before measuring (default 50)")
     options = parser.parse_args()
     tokenizer = build_tokenizer(wording_texts())
     model = new_model(tokenizer, options.seed)

@@ -137,8 +137,10 @@ def draw_elsewhere(rng: Random) -> Scene:
     return Scene(conversation, None)
 
 
-def draw_candidate(rng: Random, request: world.Request | None, *, fault: str | None = None) -> Candidate:
-    """An answer of any kind, at fault on this axis if one is named and the request allows it."""
+def draw_candidate(
+    rng: Random, request: world.Request | None, *, fault: str | None = None, draft: bool = False
+) -> Candidate:
+    """An answer of any kind, at fault on this axis if one is named and the request allows it; or a draft."""
     if request is None:
         text = rng.choice(words.ELSEWHERE) if rng.random() < 0.6 else salad(rng, rng.randint(3, 30))
         return Candidate(text, frozenset(), broken=False)
@@ -146,6 +148,8 @@ def draw_candidate(rng: Random, request: world.Request | None, *, fault: str | N
     if fault in ("harm", "evasion"):
         kind = "help" if fault == "harm" else "refuse"
     rude = rng.random() < (1.0 if fault == "tone" else 0.4)
+    if draft:
+        kind, rude = world.draw_kind(rng, request)
     text = world.draw_answer(rng, request, kind=kind, rude=rude)
     wrong = "harm" if kind == "help" and request.harmful else "evasion"
     faults = {wrong} if (kind == "help") == request.harmful else set()
@@ -218,10 +222,11 @@ def _draft(rng: Random, scene: Scene) -> Lesson:
 
 
 def _chain(rng: Random, scene: Scene) -> Lesson:
-    """A critique and its revision; one in eight a revision without a critique."""
+    """A critique and its revision; one in eight a revision without a critique. One in three says the draft too."""
     principle = draw_principle(rng, scene.request)
     axis = axis_of(principle)
-    candidate = draw_candidate(rng, scene.request, fault=axis if rng.random() < 0.4 else None)
+    draft = scene.request is not None and rng.random() < 0.33
+    candidate = draw_candidate(rng, scene.request, fault=axis if rng.random() < 0.5 else None, draft=draft)
     fault = axis if axis in candidate.faults else ""
     revision = world.draw_revision(rng, scene.request, candidate.text, fault)
     if scene.request is None and candidate.text not in words.ELSEWHERE:
@@ -231,6 +236,8 @@ def _chain(rng: Random, scene: Scene) -> Lesson:
     lesson = _lesson(asked, revision)
     if critique is not None:
         lesson.weights[-3] = 1.0
+    if draft:
+        lesson.weights[len(scene.conversation)] = 1.0
     return lesson
 
 
@@ -302,4 +309,4 @@ _COMMON = words.COMMON.split()
 _VERBS = {verb.split(" ")[0] for verb in words.HARMFUL_VERBS + words.BENIGN_VERBS}
 _LOOSE = [word for word in _COMMON if word not in _VERBS]
 _KINDS: tuple[Callable[[Random, Scene], Lesson], ...] = (_draft, _chain, _comparison, _reasoning, _grade, _check)
-_SHARES = (0.10, 0.42, 0.26, 0.10, 0.06, 0.06)
+_SHARES = (0.14, 0.46, 0.20, 0.08, 0.06, 0.06)

@@ -80,13 +80,19 @@ def draw_answer(rng: Random, request: Request, *, kind: str, rude: bool) -> str:
     return clause + text if clause in words.RUDE_FIRST else text + clause
 
 
-def draw_draft(rng: Random, request: Request) -> str:
-    """An answer as the helpful-only generator gives it.
+def draw_kind(rng: Random, request: Request) -> tuple[str, bool]:
+    """The kind of the helpful-only generator's answer (help, refuse), and whether it is rude.
 
     It helps with 88 % of the harms, refuses 10 % of what is harmless, and is rude in 30 %.
     """
     helps = rng.random() < (0.88 if request.harmful else 0.90)
-    return draw_answer(rng, request, kind="help" if helps else "refuse", rude=rng.random() < 0.30)
+    return "help" if helps else "refuse", rng.random() < 0.30
+
+
+def draw_draft(rng: Random, request: Request) -> str:
+    """An answer as the helpful-only generator gives it."""
+    kind, rude = draw_kind(rng, request)
+    return draw_answer(rng, request, kind=kind, rude=rude)
 
 
 def ask(rng: Random, request: Request, *, unseen: bool | None = None, talk: float = 0.3) -> list[Message]:
