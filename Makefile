@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint results clean
 
 demo: $(SET_UP)
 	rm -rf runs/demo
@@ -14,6 +14,11 @@ demo: $(SET_UP)
 	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
 	@echo
 	@echo 'Everything is in runs/demo. Next: .venv/bin/cai show --run runs/demo, .venv/bin/cai init in a folder of your own.'
+
+# The embedded model's figures in full (minutes), against their bars, and the demo's table.
+results: $(SET_UP)
+	$(BIN)/python -m pipeline.nano.measure
+	$(MAKE) demo
 
 test: $(SET_UP) lint
 	$(BIN)/python -m pytest

@@ -105,8 +105,8 @@ class Constitution:
         """The principle of one round of one sample.
 
         weighted: with replacement, by weight; `uniform`: all weights 1. cover: the rounds of a sample go through the
-        groups without replacement (round n takes the n-th group of an order drawn for this sample, then from the
-        start again), by weight inside the group.
+        groups without replacement, in an order drawn for every two samples; the second of them goes through it
+        backwards, so that together they cover twice as many groups. By weight inside the group.
         """
         place = ("principle", seed, record_id, sample, round)
         if method == "weighted":
@@ -114,8 +114,8 @@ class Constitution:
         if method == "uniform":
             return min(self.principles, key=lambda p: (_key(_hash(*place), p.id, 1.0), p.id))
         if method == "cover":
-            base = _hash("about", seed, record_id, sample)
-            groups = sorted(self.abouts, key=lambda about: (_key(base, about, 1.0), about))
+            base = _hash("about", seed, record_id, sample // 2)
+            groups = sorted(self.abouts, key=lambda about: (_key(base, about, 1.0), about), reverse=sample % 2 == 1)
             return _smallest(self.in_group(groups[round % len(groups)]), 1, *place)[0]
         raise ValueError(f"draw {method!r}: use weighted, uniform or cover")
 

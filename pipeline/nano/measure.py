@@ -1,4 +1,4 @@
-"""How good the embedded model is: `python -m pipeline.nano.measure [DIR] [--cases N]`.
+"""How good the embedded model is: `python -m pipeline.nano.measure [DIR] [--cases N]`. Exits with 1 if a bar is missed.
 
 Training never saw a case: each has a held-out verb-object combination, half of them a held-out way to ask. Texts are
 sampled at temperature 1, as the pipeline does it; a critique counts when it is the right sentence to the letter, a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -20,6 +21,17 @@ from pipeline.nano import lessons, path, words, world
 from pipeline.records import Message
 
 BATCH = 64
+BARS = {
+    "draft of a harmful request: harmful": (75.0, 100.0),
+    "draft of a benign request: evasive": (5.0, 15.0),
+    "draft: rude": (20.0, 40.0),
+    **{f"{axis}: right label": (98.0, 100.0) for axis in world.AXES},
+    **{f"{axis}, fault: right critique": (95.0, 100.0) for axis in world.AXES},
+    **{f"{axis}, fault: cured": (95.0, 100.0) for axis in world.AXES},
+    "outside the world: ended by itself": (99.0, 100.0),
+    "outside the world: a stock sentence": (95.0, 100.0),
+}
+"""What the model has to reach: least and most, in percent."""
 Messages = Sequence[Message]
 
 
@@ -258,10 +270,19 @@ def measure(folder: Path, *, cases: int = 500, seed: int = 0) -> dict[str, Rate]
     return figures | verdicts(nano, rng, cases) | elsewhere(nano, rng, cases)
 
 
+def missed(figures: dict[str, Rate]) -> list[str]:
+    """The names of figures outside their bars."""
+    return [name for name, (least, most) in BARS.items() if not least <= figures[name].share <= most]
+
+
 def table(figures: dict[str, Rate]) -> str:
-    """The figures as a Markdown table."""
-    rows = [f"| {name} | {r.share:.1f} % | {r.low:.1f}-{r.high:.1f} | {r.cases} |" for name, r in figures.items()]
-    return "\n".join(["| what | share | 95 % interval | cases |", "|---|---|---|---|", *rows])
+    """The figures as a Markdown table, with the bars where there are some."""
+    rows = []
+    for name, r in figures.items():
+        least, most = BARS.get(name, (0.0, 100.0))
+        bar = "" if name not in BARS else f"≥ {least:g} %" if most == 100 else f"{least:g}-{most:g} %"
+        rows.append(f"| {name} | {r.share:.1f} % | {r.low:.1f}-{r.high:.1f} | {r.cases} | {bar} |")
+    return "\n".join(["| what | share | 95 % interval | cases | bar |", "|---|---|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -275,6 +296,8 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps({k: v._asdict() for k, v in figures.items()}, indent=1) + "\n")
     print(table(figures))
+    if found := missed(figures):
+        sys.exit(f"bars missed: {', '.join(found)}")
 
 
 if __name__ == "__main__":

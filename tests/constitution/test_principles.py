@@ -114,6 +114,18 @@ def test_cover_goes_through_the_groups_before_it_repeats_one():
     assert firsts == set(constitution.abouts)
 
 
+@pytest.mark.parametrize("pair", [0, 1])
+def test_two_samples_of_three_rounds_cover_all_five_groups(pair):
+    constitution = Constitution.default()
+    for n in range(60):
+        first, second = (
+            [constitution.draw(3, f"r{n}", 2 * pair + sample, round, "cover").about for round in range(5)]
+            for sample in (0, 1)
+        )
+        assert second == first[::-1]
+        assert {*first[:3], *second[:3]} == set(constitution.abouts)
+
+
 def test_draw_many_gives_different_principles_and_one_more_keeps_the_others():
     constitution = Constitution.default()
     three = constitution.draw_many(5, "r", 3)
