@@ -13,7 +13,10 @@ demo: $(SET_UP)
 	@echo
 	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
 	@echo
-	@echo 'Everything is in runs/demo. Next: .venv/bin/cai show --run runs/demo, .venv/bin/cai init in a folder of your own.'
+	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Everything else: docs/records.md.'
+	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
+	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
+	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
 
 # The embedded model's figures in full (minutes), against their bars, and the demo's table.
 results: $(SET_UP)
