@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from constitution.verdicts import same_position
 from pipeline.intervals import Rate, wilson
 from pipeline.nano import world
 from pipeline.records import Line, Message
@@ -23,12 +24,16 @@ FAULTS = ("harmful", "evasive", "rude", "garbled")
 
 
 class Behaviour(NamedTuple):
-    """drafts, finals: fault -> rate. verdicts: principle -> verdict -> rounds. same_position: share of judgements."""
+    """drafts, finals: fault -> rate. verdicts: principle -> verdict -> rounds.
+
+    same_position: comparisons whose two orders named the same position. decided: those of them that were no tie.
+    """
 
     drafts: dict[str, Rate]
     finals: dict[str, Rate]
     verdicts: dict[str, Counter[str]]
     same_position: Rate
+    decided: Rate
 
 
 class _Tally:
@@ -61,10 +66,13 @@ def behaviour(run: RunFolder) -> Behaviour:
         if ranked:
             best = next(candidate for candidate in ranked["candidates"] if candidate["rank"] == 1)
             finals.add(prompt["messages"], best["text"])
-    counts = manifest.counts if (manifest := run.manifest("rank")) else Counter[str]()
-    return Behaviour(
-        drafts.rates(), finals.rates(), _verdicts(run), wilson(counts["same_position"], counts["both_orders"])
-    )
+    judged = [c for line in stages["rank"].values() for c in line["comparisons"] if "p_ab" in c and "p_ba" in c]
+    decided = [c for c in judged if c["status"] == "ok"]
+    return Behaviour(drafts.rates(), finals.rates(), _verdicts(run), _same_position(judged), _same_position(decided))
+
+
+def _same_position(comparisons: list[Line]) -> Rate:
+    return wilson(sum(same_position(c["p_ab"], c["p_ba"]) for c in comparisons), len(comparisons))
 
 
 def _by_id(run: RunFolder, stage: str) -> dict[str, Line]:
@@ -92,7 +100,8 @@ def table(found: Behaviour) -> Iterator[str]:
         cells = "".join(f"{verdicts[v]:>{w}}" for v, w in (("improved", 8), ("same", 6), ("worse", 7), ("abstain", 9)))
         yield f"{principle:24}{cells}"
     yield ""
-    yield f"same position named in both orders: {found.same_position}"
+    yield f"same position named in both orders:     {found.same_position}"
+    yield f"where one answer was better (no tie):   {found.decided}"
 
 
 if __name__ == "__main__":

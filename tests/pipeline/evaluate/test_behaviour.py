@@ -9,6 +9,14 @@ from pipeline.nano import world
 from pipeline.store import RunFolder, StageWriter
 
 
+COMPARISONS = [
+    {"p_ab": 0.9, "p_ba": 0.8, "status": "ok"},
+    {"p_ab": 0.9, "p_ba": 0.4, "status": "ok"},
+    {"p_ab": 0.6, "p_ba": 0.4, "status": "tie"},
+    {"status": "failed"},
+]
+
+
 def publish(run: RunFolder, stage: str, lines: list[dict]) -> None:
     StageWriter(run, stage, "by hand").publish(0, lines, prompts=2, num_in=2, inputs={})
 
@@ -30,7 +38,14 @@ def run(tmp_path):
     ]
     publish(run, "critique-revise", [{"id": i, "chains": [{"rounds": rounds}]} for i in "ab"])
     finals = {"a": [refusals[0], helps[0]], "b": [refusals[1], "word salad"]}
-    lines = [{"id": i, "candidates": [{"rank": n, "text": t} for n, t in enumerate(finals[i], 1)]} for i in "ab"]
+    lines = [
+        {
+            "id": i,
+            "candidates": [{"rank": n, "text": t} for n, t in enumerate(finals[i], 1)],
+            "comparisons": COMPARISONS,
+        }
+        for i in "ab"
+    ]
     publish(run, "rank", lines)
     return run
 
@@ -45,6 +60,12 @@ def test_drafts_and_final_answers_are_graded_over_the_requests_that_concern_the_
 
 def test_verdicts_are_counted_by_principle_without_the_rounds_that_did_not_take_place(run):
     assert behaviour(run).verdicts == {"harm-crime": {"improved": 2}}
+
+
+def test_comparisons_that_follow_the_position_are_counted_with_and_without_ties(run):
+    found = behaviour(run)
+    assert (found.same_position.hits, found.same_position.cases) == (4, 6)
+    assert (found.decided.hits, found.decided.cases) == (2, 4)
 
 
 def test_the_table_has_a_line_for_every_fault_and_principle(run):

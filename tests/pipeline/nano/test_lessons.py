@@ -27,12 +27,14 @@ def test_no_lesson_asks_for_a_held_out_combination_or_in_a_held_out_way():
 
 
 def test_only_the_last_turns_of_the_assistant_are_learned():
+    """A draft, its critique and its revision at most."""
     rng = Random(2)
     for _ in range(500):
         lesson = lessons.draw_lesson(rng)
         learned = [m["role"] for m, weight in zip(lesson.messages, lesson.weights, strict=True) if weight]
-        assert 1 <= len(learned) <= 2
+        assert 1 <= len(learned) <= 3
         assert set(learned) == {"assistant"}
+        assert not any(lesson.weights[:-6])
         assert lesson.weights[-1] > 0
 
 
