@@ -1,0 +1,61 @@
+"""The pages and the examples: their links, their commands, and that the examples load."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from constitution.principles import Constitution
+from pipeline.cli import cli
+from pipeline.config.load import read_file
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+COMMANDS = [
+    (page.name, line.split("  #")[0].strip())
+    for page in PAGES
+    if page.name != "cli.md"
+    for line in re.findall(r"^    (cai .*)$", page.read_text(encoding="utf-8"), re.M)
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        name, _, heading = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        headings = [
+            re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-")
+            for text in re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+        ]
+        assert not heading or heading in headings, link
+
+
+def test_every_page_is_reached_from_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(re.findall(r"\(docs/([\w-]+\.md)\)", readme))
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}:{line}" for page, line in COMMANDS])
+def test_a_command_on_a_page_names_options_that_there_are(page, line):
+    command: click.Command | None = cli
+    words = shlex.split(line)[1:]
+    while isinstance(command, click.Group):
+        command = command.get_command(click.Context(command), words.pop(0))
+    assert command is not None
+    command.make_parser(click.Context(command)).parse_args(words)
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "examples").glob("*.yaml")], ids=lambda path: path.name)
+def test_an_example_loads(path):
+    if "principles:" in path.read_text(encoding="utf-8").splitlines():
+        assert len(Constitution.load(path)) > 0
+    else:
+        assert read_file(path).engine.model
