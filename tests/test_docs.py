@@ -45,12 +45,13 @@ def test_every_page_is_reached_from_the_readme():
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}:{line}" for page, line in COMMANDS])
 def test_a_command_on_a_page_names_options_that_there_are(page, line):
-    command: click.Command | None = cli
+    command: click.Command = cli
     words = shlex.split(line)[1:]
+    context = click.Context(command, **command.context_settings)
     while isinstance(command, click.Group):
-        command = command.get_command(click.Context(command), words.pop(0))
-    assert command is not None
-    command.make_parser(click.Context(command)).parse_args(words)
+        _, command, words = command.resolve_command(context, words)
+        context = click.Context(command, parent=context, **command.context_settings)
+    command.make_parser(context).parse_args(words)
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "examples").glob("*.yaml")], ids=lambda path: path.name)
