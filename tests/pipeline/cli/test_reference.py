@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,15 @@ def test_the_reference_is_what_the_commands_say() -> None:
     assert page.read_text() == reference(), f"run: python -m pipeline.cli.reference > {page.relative_to(ROOT)}"
 
 
-def test_help_answers_within_three_tenths_of_a_second(cai: Command) -> None:
+def test_help_takes_less_than_three_tenths_of_a_second_of_cpu(cai: Command) -> None:
+    """CPU time, because other work on the machine lengthens the wait."""
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert cai("--help").returncode == 0
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.3
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(times) < 0.3
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,7 +8,6 @@ from pipeline.evaluate.behaviour import behaviour, table
 from pipeline.nano import world
 from pipeline.store import RunFolder, StageWriter
 
-
 COMPARISONS = [
     {"p_ab": 0.9, "p_ba": 0.8, "status": "ok"},
     {"p_ab": 0.9, "p_ba": 0.4, "status": "ok"},
