@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import click
@@ -11,7 +12,8 @@ import pytest
 
 from constitution.principles import Constitution
 from pipeline.cli import cli
-from pipeline.config.load import read_file
+from pipeline.config.load import Layers, read_file
+from pipeline.config.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -20,6 +22,13 @@ COMMANDS = [
     for page in PAGES
     if page.name != "cli.md"
     for line in re.findall(r"^    (cai .*)$", page.read_text(encoding="utf-8"), re.M)
+]
+SETTINGS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(
+        rf"(?m)^ {{4}}(?:{'|'.join(Settings.model_fields)}):\n(?: {{4,}}.*\n)+", page.read_text("utf-8")
+    )
 ]
 
 
@@ -51,7 +60,16 @@ def test_a_command_on_a_page_names_options_that_there_are(page, line):
     while isinstance(command, click.Group):
         _, command, words = command.resolve_command(context, words)
         context = click.Context(command, parent=context, **command.context_settings)
-    command.make_parser(context).parse_args(words)
+    options, _, _ = command.make_parser(context).parse_args(words)
+    layers = Layers()
+    layers.add_assignments(options.get("assignments", ()))
+    layers.settings()
+
+
+@pytest.mark.parametrize(("page", "block"), SETTINGS, ids=[f"{page}:{block[:20]!r}" for page, block in SETTINGS])
+def test_settings_on_a_page_are_valid(page, block, tmp_path):
+    (tmp_path / "cai.yaml").write_text(textwrap.dedent(block), encoding="utf-8")
+    read_file(tmp_path / "cai.yaml")
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "examples").glob("*.yaml")], ids=lambda path: path.name)
