@@ -13,7 +13,7 @@ demo: $(SET_UP)
 	@echo
 	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
 	@echo
-	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Everything else: docs/records.md.'
+	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
 	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
