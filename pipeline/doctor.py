@@ -142,11 +142,8 @@ def _disk(folder: Path) -> Check:
 
 def _engines(settings: Settings) -> dict[str, EngineSettings]:
     """The different engines of a run, by the section that names them first."""
-    sections = {"engine": settings.engine} if not settings.generate.models else {}
-    sections |= {f"generate.models[{n}]": settings.engine_for(one) for n, one in enumerate(settings.generate.models)}
-    sections |= {"critic": settings.engine_for(settings.critic), "judge": settings.engine_for(settings.judge)}
     found: dict[str, EngineSettings] = {}
-    for name, section in sections.items():
+    for name, section in settings.engines.items():
         if section not in found.values():
             found[name] = section
     return found

@@ -142,7 +142,8 @@ class Engines:
 
     @property
     def concurrency(self) -> int:
-        return max(engine.concurrency for engine in self._open.values())
+        """Places for requests, of all engines together."""
+        return sum(engine.concurrency for engine in self._open.values())
 
     async def start(self) -> None:
         for engine in self._open.values():
@@ -170,18 +171,16 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
         stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
 
     if "generate" in names:
-        models = [settings.engine_for(section) for section in settings.generate.models] or [settings.engine]
-        voices = [engines.voice(model, settings.generate.max_tokens) for model in models]
+        voices = [engines.voice(model, settings.generate.max_tokens) for model in settings.generators.values()]
         run: Any = partial(generate.generate, models=voices, settings=settings.generate, seed=seed)
         section = settings.generate.model_dump(mode="json", exclude={"models"})
         add("generate", run, generate.tally, (), section, [_identity(voice) for voice in voices])
     if "critique-revise" in names:
-        critic = engines.voice(settings.engine_for(settings.critic), settings.critique_revise.max_tokens)
-        judge = engines.voice(judge_settings)
-        using = critique_revise.CritiqueRevise(job.constitution, critic, judge, settings.critique_revise, seed)
+        using = _critique_revise(job, engines)
         run = partial(critique_revise.critique_revise, using=using)
         section = settings.critique_revise.model_dump(mode="json")
-        depends = [section, job.constitution.digest, _identity(critic), _identity(judge)]
+        voices = [*using.authors, *using.critics, using.judge]
+        depends = [section, job.constitution.digest, using.reviser is None, [_identity(voice) for voice in voices]]
         add("critique-revise", run, critique_revise.tally, ("generate",), *depends)
     if "rank" in names:
         judge = engines.voice(judge_settings, settings.rank.max_tokens)
@@ -189,6 +188,23 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
         section = settings.rank.model_dump(mode="json")
         add("rank", run, rank.tally, _rank_needs(upstream), section, job.constitution.digest, _identity(judge))
     return stages
+
+
+def _critique_revise(job: Job, engines: Engines) -> critique_revise.CritiqueRevise:
+    settings, max_tokens = job.settings, job.settings.critique_revise.max_tokens
+    critics = [engines.voice(critic, max_tokens) for critic in settings.critics.values()]
+    is_one = bool(critics) and isinstance(settings.critic, dict)
+    authors = [] if is_one else [engines.voice(author, max_tokens) for author in settings.generators.values()]
+    return critique_revise.CritiqueRevise(
+        constitution=job.constitution,
+        authors=authors,
+        critics=critics,
+        reviser=critics[0] if is_one else None,
+        judge=engines.voice(settings.engine_for(settings.judge)),
+        settings=settings.critique_revise,
+        seed=settings.run.seed,
+        samples=settings.generate.samples,
+    )
 
 
 def _rank_needs(upstream: dict[str, str]) -> tuple[str, ...]:

@@ -95,11 +95,12 @@ class Layers:
         section: tuple[str, ...] = ()
         try:
             settings = Settings.model_validate(self.tree)
-            overrides: dict[tuple[str, ...], dict[str, Any]] = {
-                ("judge",): settings.judge,
-                ("critic",): settings.critic,
-            }
+            overrides: dict[tuple[str, ...], dict[str, Any]] = {("judge",): settings.judge}
             overrides |= {("generate", "models", str(i)): model for i, model in enumerate(settings.generate.models)}
+            if isinstance(settings.critic, dict):
+                overrides["critic",] = settings.critic
+            else:
+                overrides |= {("critic", str(i)): critic for i, critic in enumerate(settings.critic)}
             for section, override in overrides.items():  # noqa: B007 - `section` names the place of the error
                 settings.engine_for(override)
         except ValidationError as error:

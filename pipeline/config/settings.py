@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -136,12 +136,16 @@ class RunSettings(Section):
 
 
 class Settings(Section):
-    """All sections. `judge` and `critic` say only what differs from `engine`."""
+    """All sections. `judge` and `critic` say only what differs from `engine`.
+
+    critic: empty: every model criticises and revises its own drafts. A section: that model does both, for all drafts.
+    A list: these models criticise, a draft's own author revises.
+    """
 
     constitution: str | None = None
     engine: EngineSettings = EngineSettings()
     judge: dict[str, Any] = {}
-    critic: dict[str, Any] = {}
+    critic: dict[str, Any] | tuple[dict[str, Any], ...] = {}
     prompts: PromptsSettings = PromptsSettings()
     generate: GenerateSettings = GenerateSettings()
     critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
@@ -159,3 +163,30 @@ class Settings(Section):
         if "api_key_env" in section or origins(found.base_urls) == origins(self.engine.base_urls):
             return found
         return found.model_copy(update={"api_key_env": ""})
+
+    @field_validator("critic", mode="before")
+    @classmethod
+    def _is_section_or_list(cls, critic: Any) -> Any:
+        listed = critic if isinstance(critic, list | tuple) else [critic]
+        if not all(isinstance(one, dict) for one in listed):
+            raise ValueError("write a section, such as {model: NAME}, or a list of them")
+        return critic
+
+    @property
+    def generators(self) -> dict[str, EngineSettings]:
+        """Who drafts, by the place where the settings say so, in the order of the samples."""
+        models = self.generate.models
+        found = {f"generate.models[{n}]": self.engine_for(model) for n, model in enumerate(models)}
+        return found or {"engine": self.engine}
+
+    @property
+    def critics(self) -> dict[str, EngineSettings]:
+        """Who criticises, by place; empty if every model criticises its own drafts."""
+        if isinstance(self.critic, dict):
+            return {"critic": self.engine_for(self.critic)} if self.critic else {}
+        return {f"critic[{n}]": self.engine_for(critic) for n, critic in enumerate(self.critic)}
+
+    @property
+    def engines(self) -> dict[str, EngineSettings]:
+        """Every engine of the recipe, by place; equal ones each time that they are named."""
+        return {**self.generators, **self.critics, "judge": self.engine_for(self.judge)}
