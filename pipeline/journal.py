@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,13 +143,14 @@ class Journal:
     """Asks engines through the segments of a folder. Use from one event loop; `start` before, `close` after.
 
     asked, replayed: how many replies came from an engine and how many from the segments. on_reply: sees the new ones.
+    in_flight: requests that each engine has not answered yet.
     """
 
     def __init__(self, folder: Path, *, on_reply: Callable[[Reply], None] | None = None) -> None:
         self.folder = folder
         self.asked = 0
         self.replayed = 0
-        self.in_flight = 0
+        self.in_flight: Counter[Engine] = Counter()
         self.stopping = False
         self._on_reply = on_reply
         self._identities: dict[int, str] = {}
@@ -160,6 +162,11 @@ class Journal:
         self._num_unsynced = 0
         self._writer: asyncio.Task[None] | None = None
         self._broken: CaiError | None = None
+
+    def load(self) -> tuple[int, int]:
+        """Requests (running, waiting): an engine runs as many as its concurrency, the others wait for it."""
+        running = sum(min(number, engine.concurrency) for engine, number in self.in_flight.items())
+        return running, self.in_flight.total() - running
 
     async def start(self) -> None:
         make_folder(self.folder)
@@ -197,7 +204,7 @@ class Journal:
             raise StoppedError("stopped before this request was sent")
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         segment.pending[key] = future
-        self.in_flight += 1
+        self.in_flight[engine] += 1
         try:
             reply = await engine.ask(request, priority)
             self._enqueue(segment, key, reply, future)
@@ -212,7 +219,7 @@ class Journal:
                     future.cancel()
             raise
         finally:
-            self.in_flight -= 1
+            self.in_flight[engine] -= 1
             segment.pending.pop(key, None)
 
     def _enqueue(self, segment: Segment, key: str, reply: Reply, future: asyncio.Future[Reply]) -> None:

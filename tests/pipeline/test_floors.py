@@ -14,7 +14,19 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "records", "config", "store", "sources", "intervals", "conversations", "worddiff", "calllog"), 0
+        (
+            "errors",
+            "records",
+            "config",
+            "store",
+            "sources",
+            "intervals",
+            "conversations",
+            "worddiff",
+            "calllog",
+            "rates",
+        ),
+        0,
     ),
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
