@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ from typing import Any
 
 from constitution.principles import Constitution, default_path
 from pipeline import nano
+from pipeline.checks import TEMPLATE_CURE, preflight
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings
 from pipeline.driver import Driver, Stage
 from pipeline.engines import open_engine
 from pipeline.engines.base import Engine, Reply
-from pipeline.errors import IncompleteError, UsageError
+from pipeline.errors import EngineRefused, IncompleteError, RequestFailed, UsageError
 from pipeline.estimate import Estimate, estimate
 from pipeline.journal import Journal
 from pipeline.records import Message, digest
@@ -124,6 +125,7 @@ class Engines:
     def __init__(self, constitution: Constitution) -> None:
         self._constitution = constitution
         self._open: dict[str, Engine] = {}
+        self._voices: dict[tuple[str, str], Voice] = {}
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
@@ -131,9 +133,21 @@ class Engines:
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
             found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
-            self._open[key] = open_engine(found, name="nano" if is_nano else None)
+            try:
+                self._open[key] = open_engine(found, name="nano" if is_nano else None)
+            except RequestFailed as error:
+                raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
         default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
-        return Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+        voice = Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+        known = self._voices.setdefault((key, settings.style), voice)
+        if known.max_tokens < voice.max_tokens:
+            self._voices[key, settings.style] = voice
+        return voice
+
+    def preflight(self, folder: Path, kinds: Collection[str]) -> list[str]:
+        """What is doubtful before the first request; see checks.py. folder: of the run. kinds: what will be asked."""
+        checks = preflight(folder, self._voices.values(), self._constitution, kinds)
+        return [str(check) for check in checks if check.state != "ok"]
 
     @property
     def neutralised(self) -> int:
@@ -234,10 +248,15 @@ def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s
     if "critique-revise" in names and "generate" not in [*names, *inputs]:
         raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
     engines = Engines(job.constitution)
-    stages = build_stages(job, engines, names)
-    if job.frozen:
-        _check_frozen(job, stages)
-    keep_inputs(job)
+    try:
+        stages = build_stages(job, engines, names)
+        if job.frozen:
+            _check_frozen(job, stages)
+        keep_inputs(job)
+    except BaseException:
+        # A model that is loaded already must not outlive one that cannot be.
+        asyncio.run(engines.close())
+        raise
     usage: Counter[str] = Counter()
     budget = job.settings.run.budget_tokens
 
@@ -268,10 +287,17 @@ def _first(names: Sequence[str]) -> int:
     return min(DATA_STAGES.index(name) for name in names)
 
 
-async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Chain], Awaitable[None]]) -> None:
+async def run_chain(
+    chain: Chain,
+    *,
+    max_time: float | None,
+    watch: Callable[[Chain], Awaitable[None]],
+    warn: Callable[[str], None] = lambda text: None,
+) -> None:
     """Runs the stages to the end. SIGTERM, SIGUSR1, Ctrl-C and `max_time` seconds stop it; StoppedError then.
 
     watch: a coroutine beside it, for progress; it is cancelled at the end. A second Ctrl-C ends the process with 130.
+    warn: gets what is doubtful before the first request; EngineRefused for what cannot work.
     """
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -290,6 +316,9 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
     watcher = asyncio.ensure_future(watch(chain))
     try:
         await chain.engines.start()
+        kinds = {kind for stage in chain.stages for kind in _KINDS[stage.name]}
+        for doubt in chain.engines.preflight(chain.driver.run_folder.path, kinds):
+            warn(doubt)
         await chain.driver.run()
     finally:
         if timer:
@@ -298,6 +327,13 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
         await asyncio.gather(watcher, return_exceptions=True)
         await chain.engines.close()
 
+
+_KINDS = {
+    "generate": ("draft",),
+    "critique-revise": ("critique", "revision", "check", "comparison"),
+    "rank": ("comparison", "grade"),
+}
+"""What each stage may ask, of constitution.samples.KINDS."""
 
 _SHARES = (("failed", "in"), ("filtered", "in"), ("lost_samples", "samples"), ("lost_comparisons", "comparisons"))
 """Counts of losses, and of what each is a share of."""

@@ -167,7 +167,8 @@ def _run_stages(
             limit = None if ingested and ingested.new else limit
         chain = recipe.prepare(job, names, limit=limit, grace_s=grace)
         try:
-            asyncio.run(recipe.run_chain(chain, max_time=settings.run.max_time, watch=progress.watcher(console)))
+            watch, max_time = progress.watcher(console), settings.run.max_time
+            asyncio.run(recipe.run_chain(chain, max_time=max_time, watch=watch, warn=console.say))
         finally:
             stop_on_signals()
             progress.show_work(console, chain)

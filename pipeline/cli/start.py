@@ -92,17 +92,16 @@ def doctor_command(
 
     The model is loaded, or the endpoint asked; it gets every kind of request once, small. Exit code 2 if a check fails.
     """
+    from pipeline.checks import Check
     from pipeline.config.load import read_layers
-    from pipeline.doctor import Check, examine
+    from pipeline.doctor import examine
 
     flags = model_flags(model, endpoint, constitution)
     run_config = run / "config.yaml" if run else None
     checks: list[Check] = []
     for check in examine(run, lambda: read_layers(run_config, config, assignments, flags)):
         checks.append(check)
-        console.show(
-            printable(f"{check.state:<5} {check.name}: {check.detail}" + (f"; {check.cure}" if check.cure else ""))
-        )
+        console.show(printable(f"{check.state:<5} {check}"))
     console.report["outputs"]["checks"] = [check._asdict() for check in checks]
     states = [check.state for check in checks]
     console.report["counts"] = {state: states.count(state) for state in ("ok", "warn", "FAIL")}
