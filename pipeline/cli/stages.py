@@ -133,7 +133,7 @@ def _run_stages(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
     export: bool = False,
 ) -> None:
@@ -143,7 +143,7 @@ def _run_stages(
     from pipeline.lock import locked
     from pipeline.store import RunFolder
 
-    flags = model_flags(model, endpoint, constitution)
+    flags = model_flags(model, endpoints, constitution)
     if prompts:
         flags["prompts"] = {"sources": [{"path": path} for path in prompts]}
     if seed is not None:

@@ -51,7 +51,7 @@ def try_command(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
 ) -> None:
     """Send PROMPT through one chain: drafts, critiques, revisions, verdicts, ranking. Nothing is kept.
@@ -63,7 +63,7 @@ def try_command(
     from pipeline.engines import resolve_backend
     from pipeline.trial import try_prompt, with_some_model
 
-    settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoint, constitution)))
+    settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoints, constitution)))
     backend = resolve_backend(settings.engine)
     console.say(f"asking {settings.engine.model if backend != 'scripted' else backend} …")
     case = try_prompt(settings, prompt)
@@ -85,7 +85,7 @@ def doctor_command(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
 ) -> None:
     """Check the machine, the settings and the model: each line is ok, warn or FAIL, with what to do about it.
@@ -96,7 +96,7 @@ def doctor_command(
     from pipeline.config.load import read_layers
     from pipeline.doctor import examine
 
-    flags = model_flags(model, endpoint, constitution)
+    flags = model_flags(model, endpoints, constitution)
     run_config = run / "config.yaml" if run else None
     checks: list[Check] = []
     for check in examine(run, lambda: read_layers(run_config, config, assignments, flags)):

@@ -48,7 +48,7 @@ class Layers:
         below = self.tree.get("engine", {})
         if isinstance(engine, dict) and "base_urls" in engine and isinstance(below, dict):
             urls, urls_below = (list(section.get("base_urls") or ()) for section in (engine, below))
-            if origins(map(str, urls)) != origins(map(str, urls_below)):
+            if not set(origins(map(str, urls))) <= set(origins(map(str, urls_below))):
                 below.pop("api_key_env", None)
 
     def add_file(self, path: Path) -> None:

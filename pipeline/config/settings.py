@@ -38,9 +38,9 @@ class EngineSettings(Section):
     script: str | None = None
 
     @model_validator(mode="after")
-    def _one_endpoint(self) -> EngineSettings:
-        if len(self.base_urls) > 1:
-            raise ValueError("one endpoint is supported; name one URL in base_urls")
+    def _different_endpoints(self) -> EngineSettings:
+        if len({url.rstrip("/") for url in self.base_urls}) < len(self.base_urls):
+            raise ValueError("an address stands in base_urls twice; name each once")
         if any("@" in origin for origin in origins(self.base_urls)):
             raise ValueError("no password belongs into an address; name a variable in api_key_env")
         return self
@@ -156,11 +156,11 @@ class Settings(Section):
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:
         """The engine section with what another one says differently.
 
-        A key belongs to the endpoint it was named with: a section that names another one and no `api_key_env` of its
+        A key belongs to the endpoints it was named with: a section that names any other one and no `api_key_env` of its
         own sends none (`api_key_env` is then empty).
         """
         found = EngineSettings.model_validate({**self.engine.model_dump(), **section})
-        if "api_key_env" in section or origins(found.base_urls) == origins(self.engine.base_urls):
+        if "api_key_env" in section or set(origins(found.base_urls)) <= set(origins(self.engine.base_urls)):
             return found
         return found.model_copy(update={"api_key_env": ""})
 

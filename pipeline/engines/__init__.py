@@ -31,7 +31,7 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
             raise EngineRefused("engine.base_urls: no endpoint given; use --endpoint URL or set OPENAI_BASE_URL")
         return ServerEngine(
             settings.model,
-            settings.base_urls[0],
+            settings.base_urls,
             api_key_env=settings.api_key_env,
             revision=settings.revision or "",
             concurrency=settings.concurrency,

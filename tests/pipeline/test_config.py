@@ -94,7 +94,7 @@ def test_a_list_replaces_a_list() -> None:
         ("export: {split: {sft: 0.5, preference: 0.5, test: 0.5}}\n", "the shares add up to 1.5"),
         ("rank: {tie_band: 0.5}\n", "rank.tie_band"),
         ("- a\n", "given.yaml:1: not a mapping of sections"),
-        ("engine: {base_urls: [http://a/v1, http://b/v1]}\n", "one endpoint is supported"),
+        ("engine: {base_urls: [http://a/v1, http://a/v1/]}\n", "base_urls twice"),
     ],
 )
 def test_a_mistake_is_reported_at_its_place_with_a_cure(config: str, message: str) -> None:
