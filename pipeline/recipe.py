@@ -20,10 +20,10 @@ from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings
 from pipeline.driver import Driver, Stage
 from pipeline.engines import open_engine
-from pipeline.engines.base import Engine, Reply
+from pipeline.engines.base import Engine, Reply, Request
 from pipeline.errors import EngineRefused, IncompleteError, RequestFailed, UsageError
-from pipeline.estimate import Estimate, estimate
-from pipeline.journal import Journal
+from pipeline.estimate import Estimate, Measured, estimate
+from pipeline.journal import Journal, OnReply
 from pipeline.records import Message, digest
 from pipeline.sources import Spec, mix
 from pipeline.stages import critique_revise, generate, rank
@@ -105,8 +105,13 @@ def _specs(settings: Settings) -> list[Spec]:
     return [Spec(source.path, source.tags, source.limit, source.weight) for source in settings.prompts.sources]
 
 
-def estimate_job(path: Path, settings: Settings, names: Sequence[str], limit: int | None) -> Estimate:
-    """What a call would ask for, from its sources or else the prompts that the run has; nothing is written or asked."""
+def estimate_job(
+    path: Path, settings: Settings, names: Sequence[str], limit: int | None, measured: Measured | None = None
+) -> Estimate:
+    """What a call would ask for, from its sources or else the prompts that the run has; nothing is written or asked.
+
+    measured: what to go by instead of guesses.
+    """
     specs = _specs(settings)
     found: Iterator[list[Message]] = (
         (row.messages for row in mix(specs))
@@ -116,7 +121,8 @@ def estimate_job(path: Path, settings: Settings, names: Sequence[str], limit: in
     sizes = [sum(len(message["content"]) for message in messages) for messages in itertools.islice(found, limit)]
     max_tokens = NANO_MAX_TOKENS if settings.engine.model == "nano" else MAX_TOKENS
     constitution = Constitution.load(constitution_file(settings))
-    return estimate(settings, constitution, names, records=len(sizes), characters=sum(sizes), max_tokens=max_tokens)
+    size = {"records": len(sizes), "characters": sum(sizes), "max_tokens": max_tokens}
+    return estimate(settings, constitution, names, **size, measured=measured)
 
 
 class Engines:
@@ -241,8 +247,19 @@ class Chain:
     usage: Counter[str]
 
 
-def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s: float = 30.0) -> Chain:
-    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run."""
+def prepare(
+    job: Job,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    grace_s: float = 30.0,
+    journal_folder: Path | None = None,
+    on_reply: OnReply | None = None,
+) -> Chain:
+    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run.
+
+    journal_folder: the run's own if not given. on_reply: see Journal.
+    """
     earlier = [name for name in DATA_STAGES if name not in names and DATA_STAGES.index(name) < _first(names)]
     inputs = [name for name in earlier if job.run.manifest(name)]
     if "critique-revise" in names and "generate" not in [*names, *inputs]:
@@ -260,12 +277,16 @@ def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s
     usage: Counter[str] = Counter()
     budget = job.settings.run.budget_tokens
 
-    def count(reply: Reply) -> None:
+    def count(request: Request, reply: Reply, is_new: bool) -> None:
+        if on_reply:
+            on_reply(request, reply, is_new)
+        if not is_new:
+            return
         usage.update(reply.usage._asdict())
         if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
             driver.stop("at run.budget_tokens")
 
-    journal = Journal(job.run.path / "journal", on_reply=count)
+    journal = Journal(journal_folder or job.run.path / "journal", on_reply=count)
     # A record asks for several things at once, so fewer records than places keep the engine full.
     window = max(2, engines.concurrency)
     driver = Driver(job.run, stages, journal, window=window, limit=limit, inputs=inputs, grace_s=grace_s)
@@ -296,8 +317,8 @@ async def run_chain(
 ) -> None:
     """Runs the stages to the end. SIGTERM, SIGUSR1, Ctrl-C and `max_time` seconds stop it; StoppedError then.
 
-    watch: a coroutine beside it, for progress; it is cancelled at the end. A second Ctrl-C ends the process with 130.
-    warn: gets what is doubtful before the first request; EngineRefused for what cannot work.
+    watch: a coroutine beside the requests, for progress; it is cancelled at the end. warn: gets what is doubtful before
+    the first request; EngineRefused for what cannot work. A second Ctrl-C ends the process with 130.
     """
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -313,18 +334,20 @@ async def run_chain(
     for number in (signal.SIGTERM, signal.SIGUSR1):
         loop.add_signal_handler(number, chain.driver.stop)
     timer = loop.call_later(max_time, chain.driver.stop, "at run.max_time") if max_time else None
-    watcher = asyncio.ensure_future(watch(chain))
+    watcher: asyncio.Future[None] | None = None
     try:
         await chain.engines.start()
         kinds = {kind for stage in chain.stages for kind in _KINDS[stage.name]}
         for doubt in chain.engines.preflight(chain.driver.run_folder.path, kinds):
             warn(doubt)
+        watcher = asyncio.ensure_future(watch(chain))
         await chain.driver.run()
     finally:
         if timer:
             timer.cancel()
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
+        if watcher:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
         await chain.engines.close()
 
 

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class EngineSettings(Section):
-    """Which model answers, and how it is reached."""
+    """Which model answers, and how it is reached. price_in, price_out: of a million tokens, in any currency."""
 
     backend: Literal["auto", "transformers", "vllm", "server", "scripted"] = "auto"
     model: str | None = None
@@ -36,6 +36,8 @@ class EngineSettings(Section):
     deterministic: bool = False
     style: Literal["chat", "few-shot"] = "chat"
     script: str | None = None
+    price_in: Annotated[float, Field(ge=0)] | None = None
+    price_out: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _different_endpoints(self) -> EngineSettings:

@@ -243,7 +243,7 @@ def test_a_failing_last_fsync_is_not_forgotten(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_bug_in_the_writer_ends_the_run_instead_of_hanging_it(tmp_path: Path) -> None:
-    def bug(reply: Reply) -> None:
+    def bug(request: Request, reply: Reply, is_new: bool) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
