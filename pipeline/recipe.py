@@ -135,7 +135,7 @@ class Engines:
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
-        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers")
+        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
             found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings

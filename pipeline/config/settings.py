@@ -31,7 +31,12 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     context: Count | None = None
-    concurrency: Count = 64
+    concurrency: Count | None = None
+    adapter: str | None = None
+    quantization: str | None = None
+    tensor_parallel: Count = 1
+    data_parallel: Count | Literal["auto"] = "auto"
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     deterministic: bool = False
     style: Literal["chat", "few-shot"] = "chat"

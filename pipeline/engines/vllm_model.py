@@ -116,7 +116,7 @@ def shared_model(adapter: str | None, **options: Any) -> VllmModel:
 
 
 def _set_environment() -> None:
-    """What vLLM reads when it is imported: be quiet, keep off stdout, send no statistics, do not fork a threaded parent."""
+    """What vLLM reads when it is imported: quiet, off stdout, no statistics sent, no fork of a threaded parent."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
