@@ -199,6 +199,18 @@ def test_doctor_looks_at_judge_and_engine_when_they_differ(cai: Command) -> None
     assert "critic: one token" not in found
 
 
+def test_doctor_asks_every_endpoint_of_a_pool_by_itself(cai: Command, serve: Serve) -> None:
+    here, other = serve("models: [small]\n"), serve("models: [large]\n")
+    urls = f"engine.base_urls=[{here.url}, {other.url}, http://127.0.0.1:9/v1]"
+    done = cai("doctor", "--model", "small", "--set", urls)
+    assert done.returncode == 2
+    endpoints = [line for line in done.stdout.splitlines() if "engine: endpoint: " in line]
+    assert endpoints[0] == f"ok    engine: endpoint: {here.url} serves small"
+    assert endpoints[1].startswith(f"FAIL  engine: endpoint: {other.url.removesuffix('/v1')}: no model 'small' here")
+    assert endpoints[2].startswith("FAIL  engine: endpoint: http://127.0.0.1:9: no answer")
+    assert "start the server" in endpoints[2]
+
+
 def test_doctor_wants_label_probabilities_of_the_judge_alone(cai: Command, serve: Serve) -> None:
     server = serve("models: [mute, speaks]\nrules: [{asks: labels, model: mute, faults: [{kind: no_logprobs}]}]\n")
     models = ("--endpoint", server.url, "--set", "generate.models=[{model: mute}]", "--set")
