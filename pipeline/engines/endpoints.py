@@ -6,7 +6,8 @@ The limit on requests in flight follows TCP (RFC 5681): it begins at the maximum
 halves it, once for all that was sent before; every reply adds 1 below the last half and 1/limit above it. An endpoint
 that comes back begins at 1.
 
-An endpoint goes out when nothing listens there, or after OUT_AFTER failures in a row. While it is out a probe asks, in
+An endpoint goes out when nothing listens there, when it answered nobody while a request reached its deadline, or after
+OUT_AFTER failures in a row. While it is out a probe asks, in
 growing intervals, for its list of models and then for one token; a token brings it in again.
 """
 
@@ -88,6 +89,7 @@ class Endpoint:
         self.resting = 0.0
         self.takes_thinking = False
         self.failures = 0
+        self._replied_at = 0.0
         self._raw = False
         self._key = key
         self._key_variable = key_variable
@@ -127,6 +129,7 @@ class Endpoint:
     def succeeded(self) -> None:
         self.failures = 0
         self.is_out = False
+        self._replied_at = time.monotonic()
         self.limit.replied()
 
     def failed(self, error: TryAgain, sent_at: float) -> None:
@@ -135,7 +138,8 @@ class Endpoint:
             self.limit.overloaded(sent_at)
         if error.reason in FAULTS:
             self.failures += 1
-        if error.reason == "unreachable" or self.failures >= OUT_AFTER:
+        is_silent = error.reason == "timeout" and self._replied_at < sent_at
+        if error.reason == "unreachable" or is_silent or self.failures >= OUT_AFTER:
             self.is_out = True
 
     async def models(self) -> list[dict[str, Any]] | None:
@@ -166,7 +170,8 @@ class Endpoint:
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, LONGEST_PROBE_S)
             try:
-                served = await asyncio.wait_for(self.models(), CONNECT_S)
+                async with asyncio.timeout(CONNECT_S):
+                    served = await self.models()
             except (TryAgain, TimeoutError, RequestFailed, EngineRefused):
                 continue
             if (served is None or any(entry["id"] == self.model for entry in served)) and await self.serves():
@@ -237,7 +242,9 @@ def _lost(error: BaseException) -> tuple[str, BaseException]:
     inner = cause.__cause__
     names = {base.__name__ for base in type(inner or cause).__mro__}
     if inner is not None:
-        return ("unreachable" if names & {"ClientConnectorError", "ConnectionTimeoutError"} else "connection_lost"), inner
+        return (
+            "unreachable" if names & {"ClientConnectorError", "ConnectionTimeoutError"} else "connection_lost"
+        ), inner
     return ("unreachable" if names & {"ConnectError", "ConnectTimeout"} else "connection_lost"), cause
 
 

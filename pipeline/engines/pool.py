@@ -67,22 +67,24 @@ class Pool:
             raise
 
     def give(self, endpoint: Endpoint) -> None:
-        """Gives a place back, and the places of the endpoint to those who wait."""
+        """Gives a place back, and all places that are free to those who wait."""
         endpoint.in_flight -= 1
         if endpoint.is_out:
             self._probe(endpoint)
-        for usable in self.usable():
-            self._hand_out(usable)
+        self._hand_out()
 
     def rest(self, endpoint: Endpoint, seconds: float) -> None:
         """Sends nothing to the endpoint for a while."""
+        if not seconds:
+            return
         endpoint.resting = max(endpoint.resting, time.monotonic() + seconds)
-        asyncio.get_running_loop().call_later(seconds + 0.001, self._hand_out, endpoint)
+        asyncio.get_running_loop().call_later(seconds + 0.001, self._hand_out)
 
-    def _hand_out(self, endpoint: Endpoint) -> None:
-        while endpoint.has_place() and (turn := self._next(endpoint)):
-            endpoint.in_flight += 1
-            turn.set_result(endpoint)
+    def _hand_out(self) -> None:
+        for endpoint in self.usable():
+            while endpoint.has_place() and (turn := self._next(endpoint)):
+                endpoint.in_flight += 1
+                turn.set_result(endpoint)
 
     def _next(self, endpoint: Endpoint) -> asyncio.Future[Endpoint] | None:
         """Who of those waiting gets a place at the endpoint."""
@@ -110,7 +112,7 @@ class Pool:
     async def _bring_back(self, endpoint: Endpoint) -> None:
         await endpoint.wait_until_back()
         del self._probes[endpoint]
-        self._hand_out(endpoint)
+        self._hand_out()
 
     async def close(self) -> None:
         """Ends the probes and the connections."""

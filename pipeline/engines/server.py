@@ -1,7 +1,7 @@
 """Any servers that speak the OpenAI protocol and serve one model: deadlines, retries, failover, log-probabilities.
 
-Retried, elsewhere if there is an elsewhere: no connection, resets, 408, 409, 425, 429, 5xx, and a few times replies that
-break the protocol. When every endpoint has been tried the next try waits, longer each time, with jitter; no endpoint is
+Retried, elsewhere if possible: no connection, resets, 408, 409, 425, 429, 5xx, and a few times replies that break the
+protocol. When every endpoint has been tried the next try waits, longer each time, with jitter; no endpoint is
 asked before the time that its `Retry-After` names. A waiting request holds no place. Not retried: what no second try
 can change, and a request that reached its deadline, for re-sending what a slow server still works on makes it slower;
 but with several endpoints a try has half of the deadline, so that what a silent one holds can move once.
@@ -119,7 +119,8 @@ class ServerEngine:
 
         async def once() -> list[dict[str, Any]] | None:
             try:
-                return await asyncio.wait_for(endpoint.models(), CONNECT_S)
+                async with asyncio.timeout(CONNECT_S):
+                    return await endpoint.models()
             except TimeoutError as error:
                 raise endpoint.no_answer(f"timeout after {CONNECT_S:g} s") from error
             except TryAgain as error:
@@ -135,7 +136,7 @@ class ServerEngine:
             reraise=True,
         )
         try:
-            listed = await retrying(once)
+            listed: list[dict[str, Any]] | None = await retrying(once)
         except TryAgain as error:
             raise endpoint.no_answer(str(error)) from error
         if listed is None:

@@ -14,11 +14,11 @@ import pytest
 
 from pipeline.engines import server as server_module
 from pipeline.engines.base import Reply, Request
+from pipeline.engines.endpoints import Endpoint
+from pipeline.engines.pool import Pool
 from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.scripted_answers import Fault, Rule, Script
 from pipeline.engines.scripted_server import running
-from pipeline.engines.endpoints import Endpoint
-from pipeline.engines.pool import Pool
 from pipeline.engines.server import ServerEngine
 from pipeline.errors import EngineDown, RequestFailed
 from tests.pipeline.engines.serving import ask, chat, faulty, play, received
