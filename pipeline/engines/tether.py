@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-PARENT = "CAI_ENGINE_PARENT"
+PARENT = "_ENGINE_PARENT"
 """The environment variable with the process that the engine must not outlive."""
 _LOOK_S = 1.0
 
