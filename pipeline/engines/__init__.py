@@ -9,7 +9,6 @@ from pipeline.config.settings import EngineSettings
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused
 
-
 CONCURRENCY = 64
 """Of every backend but vllm, where `engine.concurrency` is not set."""
 
