@@ -145,7 +145,7 @@ class Journal:
 
     asked, replayed: how many replies came from an engine and how many from the segments.
     on_reply: sees every reply once with its request; is_new: it was asked for just now.
-    in_flight: requests that each engine has not answered yet.
+    in_flight: requests that each engine has not answered yet. usage: the tokens of each one's answers.
     """
 
     def __init__(self, folder: Path, *, on_reply: OnReply | None = None) -> None:
@@ -153,6 +153,7 @@ class Journal:
         self.asked = 0
         self.replayed = 0
         self.in_flight: Counter[Engine] = Counter()
+        self.usage: dict[Engine, Counter[str]] = {}
         self.stopping = False
         self._on_reply = on_reply
         self._identities: dict[int, str] = {}
@@ -211,6 +212,7 @@ class Journal:
         self.in_flight[engine] += 1
         try:
             reply = await engine.ask(request, priority)
+            self.usage.setdefault(engine, Counter()).update(reply.usage._asdict())
             self._enqueue(segment, key, request, reply, future)
             return await future
         except BaseException as error:

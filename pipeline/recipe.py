@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,7 @@ class Engines:
         self._constitution = constitution
         self._open: dict[str, Engine] = {}
         self._voices: dict[tuple[str, str], Voice] = {}
+        self._prices: dict[Engine, tuple[float, float]] = {}
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
@@ -143,6 +144,8 @@ class Engines:
                 self._open[key] = open_engine(found, name="nano" if is_nano else None)
             except RequestFailed as error:
                 raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
+            if settings.price_in is not None or settings.price_out is not None:
+                self._prices[self._open[key]] = (settings.price_in or 0.0, settings.price_out or 0.0)
         default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
         voice = Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
         known = self._voices.setdefault((key, settings.style), voice)
@@ -159,6 +162,16 @@ class Engines:
     def neutralised(self) -> int:
         """Texts of special tokens in prompts that were sent as plain text."""
         return sum(engine.neutralised for engine in self._open.values())
+
+    def cost(self, usage: Mapping[Engine, Counter[str]]) -> float | None:
+        """Of so many tokens, in the currency of the prices; None without any. A model without a price costs nothing."""
+        if not self._prices:
+            return None
+        return sum(
+            (found["prompt_tokens"] * price_in + found["completion_tokens"] * price_out) / 1e6
+            for engine, found in usage.items()
+            for price_in, price_out in [self._prices.get(engine, (0.0, 0.0))]
+        )
 
     @property
     def concurrency(self) -> int:
@@ -275,7 +288,7 @@ def prepare(
         asyncio.run(engines.close())
         raise
     usage: Counter[str] = Counter()
-    budget = job.settings.run.budget_tokens
+    budget, budget_cost = job.settings.run.budget_tokens, job.settings.run.budget_cost
 
     def count(request: Request, reply: Reply, is_new: bool) -> None:
         if on_reply:
@@ -285,6 +298,8 @@ def prepare(
         usage.update(reply.usage._asdict())
         if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
             driver.stop("at run.budget_tokens")
+        if budget_cost is not None and (engines.cost(journal.usage) or 0.0) >= budget_cost:
+            driver.stop("at run.budget_cost")
 
     journal = Journal(journal_folder or job.run.path / "journal", on_reply=count)
     # A record asks for several things at once, so fewer records than places keep the engine full.

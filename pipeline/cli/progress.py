@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.common import Console
 from pipeline.rates import Counts, Meter
@@ -110,13 +110,17 @@ def show_ingest(console: Console, ingested: Ingested | None) -> None:
 
 def show_work(console: Console, chain: Chain) -> None:
     """What this call asked, and what it had from the journal."""
-    work = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
+    work: dict[str, Any] = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
     work["neutralised"] = chain.engines.neutralised
+    cost = chain.engines.cost(chain.journal.usage)
+    if cost is not None:
+        work["cost"] = round(cost, 6)
     console.report["counts"]["work"] = work
     cached = f" ({work['cached_tokens']} from the cache)" if work.get("cached_tokens") else ""
     console.say(
         f"asked: {work['replies']} replies, {work['replayed']} more from the journal; "
         f"tokens in {work.get('prompt_tokens', 0)}{cached}, out {work.get('completion_tokens', 0)}"
+        + ("" if cost is None else f"; cost {cost:.2f}")
     )
     if work["neutralised"]:
         console.say(f"special tokens in prompts, sent as plain text: {work['neutralised']}")
