@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from constitution.principles import Constitution, default_path
+from constitution.prompts import comparison_prompt
 from constitution.samples import sample_prompts
 from pipeline import nano
 from pipeline.engines.base import Reply, Request
@@ -38,6 +39,17 @@ def kinds() -> dict[str, Prompt]:
     constitution = Constitution.load(default_path())
     principle = next(iter(constitution))
     return sample_prompts(principle, [principle], wording=constitution.wording)
+
+
+def comparisons(num: int) -> list[Prompt]:
+    """In the embedded model's world, so that a server lists the labels among the likeliest tokens."""
+    constitution = Constitution.load(default_path())
+    principle = next(iter(constitution))
+    texts = ("I will not help with that.", "You can do it if you wait for a quiet moment.")
+    return [
+        comparison_prompt(talk, *texts[:: 1 - 2 * (n % 2)], principle, wording=constitution.wording)
+        for n, talk in enumerate(questions(num))
+    ]
 
 
 def drafts(num: int = 24, **options: Any) -> list[Request]:
@@ -102,8 +114,7 @@ def test_label_log_probabilities_are_those_of_transformers(
     which: str, reference: Asked, request: pytest.FixtureRequest
 ) -> None:
     ask: Asked = request.getfixturevalue(which)
-    prompts = [prompt for kind, prompt in kinds().items() if kind in ("comparison", "check")]
-    requests = [Request(prompt, "comparison", labels=LABELS) for prompt in prompts]
+    requests = [Request(prompt, "comparison", labels=LABELS) for prompt in comparisons(8)]
     for reply, expected in zip(ask(*requests), reference(*requests), strict=True):
         assert reply.logprobs == pytest.approx(expected.logprobs, abs=CLOSE)
         assert reply.logprobs is not None
