@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pipeline.config.settings import Settings
 from pipeline.engines import endpoints as endpoints_module
 from pipeline.engines import server as server_module
 from pipeline.engines.base import Reply, Request
@@ -276,3 +277,11 @@ def test_a_pool_has_the_fingerprint_of_a_single_endpoint() -> None:
     one = ServerEngine("m", ["http://a:1/v1"], revision="2")
     several = ServerEngine("m", ["http://b:1/v1", "http://c:1/v1"], revision="2")
     assert one.fingerprint == several.fingerprint
+
+
+@pytest.mark.parametrize(("urls", "kept"), [(["a", "b"], True), (["b"], True), (["a", "c"], False)])
+def test_a_key_goes_to_no_address_that_it_was_not_named_with(urls: list[str], kept: bool) -> None:
+    engine = {"model": "m", "base_urls": ["http://a/v1", "http://b/v1"], "api_key_env": "ENGINE_KEY"}
+    settings = Settings.model_validate({"engine": engine})
+    found = settings.engine_for({"base_urls": [f"http://{host}/v1" for host in urls]})
+    assert found.api_key_env == ("ENGINE_KEY" if kept else "")
