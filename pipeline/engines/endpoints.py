@@ -234,18 +234,15 @@ class Endpoint:
 
 
 def _lost(error: BaseException) -> tuple[str, BaseException]:
-    """Whether nothing listens there or a connection broke, and the library's own error.
+    """Whether nothing listens there or a connection broke, and the transport's own error.
 
-    aiohttp has one error for both in the words of httpx, and another in its own.
+    httpx's name for an error of aiohttp does not tell the two apart; the error below it does.
     """
     cause = error.__cause__ or error
-    inner = cause.__cause__
-    names = {base.__name__ for base in type(inner or cause).__mro__}
-    if inner is not None:
-        return (
-            "unreachable" if names & {"ClientConnectorError", "ConnectionTimeoutError"} else "connection_lost"
-        ), inner
-    return ("unreachable" if names & {"ConnectError", "ConnectTimeout"} else "connection_lost"), cause
+    cause = cause.__cause__ or cause
+    names = {base.__name__ for base in type(cause).__mro__}
+    unreachable = {"ClientConnectorError", "ConnectionTimeoutError", "ConnectError", "ConnectTimeout"}
+    return "unreachable" if names & unreachable else "connection_lost", cause
 
 
 def _origin(url: str) -> str:
