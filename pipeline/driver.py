@@ -37,13 +37,18 @@ class Stage(NamedTuple):
 
 
 class Progress:
-    """What a bar or a log line shows; kept by the driver, read by anybody."""
+    """What a bar or a log line shows; kept by the driver, read by anybody.
+
+    total, done: records; kept: those of `done` that were published before. failed: records that no stage has a line of
+    any more. failures: lost samples and verdicts, those of failed records too.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.done = 0
-        self.in_flight = 0
+        self.kept = 0
         self.failed = 0
+        self.failures = 0
 
 
 class Shard:
@@ -144,6 +149,7 @@ class Driver:
                 yield Shard(number, records, todo, self.journal.open(number))
             else:
                 self.progress.done += rows
+                self.progress.kept += rows
             ordinal += part["rows"]
 
     def _made_from(self, stage: Stage, number: int) -> dict[str, str]:
@@ -225,6 +231,7 @@ class Driver:
             if all(name in record.lines for name in stage.needs):
                 outcome = await stage.run(record, ask)
                 shard.outcomes[stage.name][record.id] = outcome
+                self.progress.failures += len(outcome.failures)
                 if outcome.line is not None:
                     record.lines[stage.name] = outcome.line
                 elif not outcome.filtered:
@@ -235,7 +242,6 @@ class Driver:
     async def _wait_until(self, holds: Callable[[], bool]) -> None:
         """Waits for the condition, publishing what has finished meanwhile; raises when the run has to end."""
         while True:
-            self.progress.in_flight = len(self._tasks)
             if self._error:
                 raise self._error
             if self.journal.stopping and self._open:

@@ -1,6 +1,7 @@
-"""What a run would ask for: records, requests, tokens and disk, counted from its prompts and settings, without a model.
+"""What a run would ask for: records, requests, tokens, disk, cost, time, counted from its prompts and settings.
 
-Text is counted as four characters a token and replies at the lengths given below; measured runs replace the guess.
+Without a model text is counted as four characters a token and replies at the lengths given below, and nobody knows the
+time; what was measured on a few prompts (calibrate.py) replaces the guesses.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ REPLY_SHARE = 0.3
 
 
 class Estimate(NamedTuple):
-    """records: prompts; tokens: (in, out) over all requests; disk: bytes of the run folder."""
+    """records: prompts; tokens: (in, out) over all requests; disk: bytes of the run folder.
+
+    cost: in the currency of the prices, None without any. seconds: None if nothing was measured.
+    """
 
     records: int
     requests: dict[str, int]
     tokens_in: int
     tokens_out: int
     disk: int
+    cost: float | None
+    seconds: float | None
 
 
 class Call(NamedTuple):
@@ -38,6 +44,14 @@ class Call(NamedTuple):
     tokens_out: float
 
 
+class Measured(NamedTuple):
+    """What some records took. seconds_per_request: with all of them in flight; None if every reply was known."""
+
+    records: int
+    calls: tuple[Call, ...]
+    seconds_per_request: float | None
+
+
 def estimate(
     settings: Settings,
     constitution: Constitution,
@@ -46,10 +60,11 @@ def estimate(
     records: int,
     characters: int,
     max_tokens: int,
+    measured: Measured | None = None,
 ) -> Estimate:
     """characters: of all prompts together. max_tokens: of a reply, where the settings do not say."""
     prompt = characters / max(records, 1) / CHARACTERS_PER_TOKEN
-    calls = list(_calls(settings, constitution, names, prompt, max_tokens))
+    calls = measured.calls if measured else tuple(_calls(settings, constitution, names, prompt, max_tokens))
     requests: dict[str, int] = {}
     for call in calls:
         requests[call.kind] = requests.get(call.kind, 0) + round(records * call.num)
@@ -58,7 +73,33 @@ def estimate(
     replies = sum(requests.values())
     # Every reply stands in the journal and in a part, its prompt in none of them.
     disk = 2 * (characters + int(tokens_out * CHARACTERS_PER_TOKEN) + replies * BYTES_PER_REPLY)
-    return Estimate(records, requests, round(tokens_in), round(tokens_out), disk)
+    each = measured.seconds_per_request if measured else None
+    seconds = None if each is None else each * replies
+    return Estimate(
+        records, requests, round(tokens_in), round(tokens_out), disk, _cost(settings, calls, records), seconds
+    )
+
+
+def _cost(settings: Settings, calls: Sequence[Call], records: int) -> float | None:
+    """At the price of whom each kind is asked of, of several on average; a model without a price costs nothing."""
+    engines = settings.engines.values()
+    if all(engine.price_in is None and engine.price_out is None for engine in engines):
+        return None
+    generators, critics = list(settings.generators.values()), list(settings.critics.values())
+    asked = {
+        "draft": generators,
+        "critique": critics or generators,
+        "revision": critics if isinstance(settings.critic, dict) and critics else generators,
+    }
+    total = 0.0
+    for call in calls:
+        who = asked.get(call.kind, [settings.engine_for(settings.judge)])
+        price_in, price_out = (
+            sum(prices) / len(who) / 1e6
+            for prices in ([one.price_in or 0.0 for one in who], [one.price_out or 0.0 for one in who])
+        )
+        total += records * call.num * (call.tokens_in * price_in + call.tokens_out * price_out)
+    return total
 
 
 def _calls(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.errors import CaiError, CorruptError, RequestFailed, StoppedError
 from pipeline.records import canonical, digest
 from pipeline.store import io_errors, make_folder, sync_folder, write_all
 
+OnReply = Callable[[Request, Reply, bool], None]
 GROUP_REPLIES = 256
 GROUP_S = 0.5
 
@@ -141,18 +143,21 @@ def _journal_line(key: str, reply: Reply) -> bytes:
 class Journal:
     """Asks engines through the segments of a folder. Use from one event loop; `start` before, `close` after.
 
-    asked, replayed: how many replies came from an engine and how many from the segments. on_reply: sees the new ones.
+    asked, replayed: how many replies came from an engine and how many from the segments.
+    on_reply: sees every reply once with its request; is_new: it was asked for just now.
+    in_flight: requests that each engine has not answered yet. usage: the tokens of each one's answers.
     """
 
-    def __init__(self, folder: Path, *, on_reply: Callable[[Reply], None] | None = None) -> None:
+    def __init__(self, folder: Path, *, on_reply: OnReply | None = None) -> None:
         self.folder = folder
         self.asked = 0
         self.replayed = 0
-        self.in_flight = 0
+        self.in_flight: Counter[Engine] = Counter()
+        self.usage: dict[Engine, Counter[str]] = {}
         self.stopping = False
         self._on_reply = on_reply
         self._identities: dict[int, str] = {}
-        self._queue: list[tuple[Segment, str, Reply, bytes, asyncio.Future[Reply]]] = []
+        self._queue: list[tuple[Segment, str, Request, Reply, bytes, asyncio.Future[Reply]]] = []
         self._wake = asyncio.Event()
         self._syncing = asyncio.Lock()
         self._closing = False
@@ -160,6 +165,11 @@ class Journal:
         self._num_unsynced = 0
         self._writer: asyncio.Task[None] | None = None
         self._broken: CaiError | None = None
+
+    def load(self) -> tuple[int, int]:
+        """Requests (running, waiting): an engine runs as many as its concurrency, the others wait for it."""
+        running = sum(min(number, engine.concurrency) for engine, number in self.in_flight.items())
+        return running, self.in_flight.total() - running
 
     async def start(self) -> None:
         make_folder(self.folder)
@@ -186,6 +196,8 @@ class Journal:
         reply = segment.get(key)
         if reply is not None:
             self.replayed += 1
+            if self._on_reply:
+                self._on_reply(request, reply, False)
             return reply
         twin = segment.pending.get(key)
         if twin is not None:
@@ -197,10 +209,11 @@ class Journal:
             raise StoppedError("stopped before this request was sent")
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         segment.pending[key] = future
-        self.in_flight += 1
+        self.in_flight[engine] += 1
         try:
             reply = await engine.ask(request, priority)
-            self._enqueue(segment, key, reply, future)
+            self.usage.setdefault(engine, Counter()).update(reply.usage._asdict())
+            self._enqueue(segment, key, request, reply, future)
             return await future
         except BaseException as error:
             if not future.done():
@@ -212,13 +225,15 @@ class Journal:
                     future.cancel()
             raise
         finally:
-            self.in_flight -= 1
+            self.in_flight[engine] -= 1
             segment.pending.pop(key, None)
 
-    def _enqueue(self, segment: Segment, key: str, reply: Reply, future: asyncio.Future[Reply]) -> None:
+    def _enqueue(
+        self, segment: Segment, key: str, request: Request, reply: Reply, future: asyncio.Future[Reply]
+    ) -> None:
         if self._broken is not None:
             raise self._broken
-        self._queue.append((segment, key, reply, _journal_line(key, reply), future))
+        self._queue.append((segment, key, request, reply, _journal_line(key, reply), future))
         self._wake.set()
 
     async def _write_groups(self) -> None:
@@ -257,18 +272,18 @@ class Journal:
     def _write_queue(self, limit: int) -> None:
         batch, self._queue = self._queue[:limit], self._queue[limit:]
         lines: dict[int, tuple[Segment, list[bytes]]] = {}
-        for segment, _, _, line, _ in batch:
+        for segment, _, _, _, line, _ in batch:
             lines.setdefault(id(segment), (segment, []))[1].append(line)
         try:
             for segment, group in lines.values():
                 if not segment.dirty:
                     self._unsynced.append(segment)
                 segment.append(group)
-            for segment, key, reply, _, future in batch:
+            for segment, key, request, reply, _, future in batch:
                 segment.replies[key] = reply
                 self.asked += 1
                 if self._on_reply:
-                    self._on_reply(reply)
+                    self._on_reply(request, reply, True)
                 if not future.done():
                     future.set_result(reply)
         except BaseException:

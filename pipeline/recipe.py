@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import Any
 
 from constitution.principles import Constitution, default_path
 from pipeline import nano
+from pipeline.checks import TEMPLATE_CURE, preflight
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings
 from pipeline.driver import Driver, Stage
 from pipeline.engines import open_engine
-from pipeline.engines.base import Engine, Reply
-from pipeline.errors import IncompleteError, UsageError
-from pipeline.estimate import Estimate, estimate
-from pipeline.journal import Journal
+from pipeline.engines.base import Engine, Reply, Request
+from pipeline.errors import EngineRefused, IncompleteError, RequestFailed, UsageError
+from pipeline.estimate import Estimate, Measured, estimate
+from pipeline.journal import Journal, OnReply
 from pipeline.records import Message, digest
 from pipeline.sources import Spec, mix
 from pipeline.stages import critique_revise, generate, rank
@@ -104,8 +105,13 @@ def _specs(settings: Settings) -> list[Spec]:
     return [Spec(source.path, source.tags, source.limit, source.weight) for source in settings.prompts.sources]
 
 
-def estimate_job(path: Path, settings: Settings, names: Sequence[str], limit: int | None) -> Estimate:
-    """What a call would ask for, from its sources or else the prompts that the run has; nothing is written or asked."""
+def estimate_job(
+    path: Path, settings: Settings, names: Sequence[str], limit: int | None, measured: Measured | None = None
+) -> Estimate:
+    """What a call would ask for, from its sources or else the prompts that the run has; nothing is written or asked.
+
+    measured: what to go by instead of guesses.
+    """
     specs = _specs(settings)
     found: Iterator[list[Message]] = (
         (row.messages for row in mix(specs))
@@ -115,7 +121,8 @@ def estimate_job(path: Path, settings: Settings, names: Sequence[str], limit: in
     sizes = [sum(len(message["content"]) for message in messages) for messages in itertools.islice(found, limit)]
     max_tokens = NANO_MAX_TOKENS if settings.engine.model == "nano" else MAX_TOKENS
     constitution = Constitution.load(constitution_file(settings))
-    return estimate(settings, constitution, names, records=len(sizes), characters=sum(sizes), max_tokens=max_tokens)
+    size = {"records": len(sizes), "characters": sum(sizes), "max_tokens": max_tokens}
+    return estimate(settings, constitution, names, **size, measured=measured)
 
 
 class Engines:
@@ -124,25 +131,52 @@ class Engines:
     def __init__(self, constitution: Constitution) -> None:
         self._constitution = constitution
         self._open: dict[str, Engine] = {}
+        self._voices: dict[tuple[str, str], Voice] = {}
+        self._prices: dict[Engine, tuple[float, float]] = {}
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
-        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers")
+        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
             found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
-            self._open[key] = open_engine(found, name="nano" if is_nano else None)
+            try:
+                self._open[key] = open_engine(found, name="nano" if is_nano else None)
+            except RequestFailed as error:
+                raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
+            if settings.price_in is not None or settings.price_out is not None:
+                self._prices[self._open[key]] = (settings.price_in or 0.0, settings.price_out or 0.0)
         default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
-        return Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+        voice = Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+        known = self._voices.setdefault((key, settings.style), voice)
+        if known.max_tokens < voice.max_tokens:
+            self._voices[key, settings.style] = voice
+        return voice
+
+    def preflight(self, folder: Path, kinds: Collection[str]) -> list[str]:
+        """What is doubtful before the first request; see checks.py. folder: of the run. kinds: what will be asked."""
+        checks = preflight(folder, self._voices.values(), self._constitution, kinds)
+        return [str(check) for check in checks if check.state != "ok"]
 
     @property
     def neutralised(self) -> int:
         """Texts of special tokens in prompts that were sent as plain text."""
         return sum(engine.neutralised for engine in self._open.values())
 
+    def cost(self, usage: Mapping[Engine, Counter[str]]) -> float | None:
+        """Of so many tokens, in the currency of the prices; None without any. A model without a price costs nothing."""
+        if not self._prices:
+            return None
+        return sum(
+            (found["prompt_tokens"] * price_in + found["completion_tokens"] * price_out) / 1e6
+            for engine, found in usage.items()
+            for price_in, price_out in [self._prices.get(engine, (0.0, 0.0))]
+        )
+
     @property
     def concurrency(self) -> int:
-        return max(engine.concurrency for engine in self._open.values())
+        """Places for requests, of all engines together."""
+        return sum(engine.concurrency for engine in self._open.values())
 
     async def start(self) -> None:
         for engine in self._open.values():
@@ -170,18 +204,16 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
         stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
 
     if "generate" in names:
-        models = [settings.engine_for(section) for section in settings.generate.models] or [settings.engine]
-        voices = [engines.voice(model, settings.generate.max_tokens) for model in models]
+        voices = [engines.voice(model, settings.generate.max_tokens) for model in settings.generators.values()]
         run: Any = partial(generate.generate, models=voices, settings=settings.generate, seed=seed)
         section = settings.generate.model_dump(mode="json", exclude={"models"})
         add("generate", run, generate.tally, (), section, [_identity(voice) for voice in voices])
     if "critique-revise" in names:
-        critic = engines.voice(settings.engine_for(settings.critic), settings.critique_revise.max_tokens)
-        judge = engines.voice(judge_settings)
-        using = critique_revise.CritiqueRevise(job.constitution, critic, judge, settings.critique_revise, seed)
+        using = _critique_revise(job, engines)
         run = partial(critique_revise.critique_revise, using=using)
         section = settings.critique_revise.model_dump(mode="json")
-        depends = [section, job.constitution.digest, _identity(critic), _identity(judge)]
+        voices = [*using.authors, *using.critics, using.judge]
+        depends = [section, job.constitution.digest, using.reviser is None, [_identity(voice) for voice in voices]]
         add("critique-revise", run, critique_revise.tally, ("generate",), *depends)
     if "rank" in names:
         judge = engines.voice(judge_settings, settings.rank.max_tokens)
@@ -189,6 +221,23 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
         section = settings.rank.model_dump(mode="json")
         add("rank", run, rank.tally, _rank_needs(upstream), section, job.constitution.digest, _identity(judge))
     return stages
+
+
+def _critique_revise(job: Job, engines: Engines) -> critique_revise.CritiqueRevise:
+    settings, max_tokens = job.settings, job.settings.critique_revise.max_tokens
+    critics = [engines.voice(critic, max_tokens) for critic in settings.critics.values()]
+    is_one = bool(critics) and isinstance(settings.critic, dict)
+    authors = [] if is_one else [engines.voice(author, max_tokens) for author in settings.generators.values()]
+    return critique_revise.CritiqueRevise(
+        constitution=job.constitution,
+        authors=authors,
+        critics=critics,
+        reviser=critics[0] if is_one else None,
+        judge=engines.voice(settings.engine_for(settings.judge)),
+        settings=settings.critique_revise,
+        seed=settings.run.seed,
+        samples=settings.generate.samples,
+    )
 
 
 def _rank_needs(upstream: dict[str, str]) -> tuple[str, ...]:
@@ -211,26 +260,48 @@ class Chain:
     usage: Counter[str]
 
 
-def prepare(job: Job, names: Sequence[str], *, limit: int | None = None, grace_s: float = 30.0) -> Chain:
-    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run."""
+def prepare(
+    job: Job,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    grace_s: float = 30.0,
+    journal_folder: Path | None = None,
+    on_reply: OnReply | None = None,
+) -> Chain:
+    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run.
+
+    journal_folder: the run's own if not given. on_reply: see Journal.
+    """
     earlier = [name for name in DATA_STAGES if name not in names and DATA_STAGES.index(name) < _first(names)]
     inputs = [name for name in earlier if job.run.manifest(name)]
     if "critique-revise" in names and "generate" not in [*names, *inputs]:
         raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
     engines = Engines(job.constitution)
-    stages = build_stages(job, engines, names)
-    if job.frozen:
-        _check_frozen(job, stages)
-    keep_inputs(job)
+    try:
+        stages = build_stages(job, engines, names)
+        if job.frozen:
+            _check_frozen(job, stages)
+        keep_inputs(job)
+    except BaseException:
+        # A model that is loaded already must not outlive one that cannot be.
+        asyncio.run(engines.close())
+        raise
     usage: Counter[str] = Counter()
-    budget = job.settings.run.budget_tokens
+    budget, budget_cost = job.settings.run.budget_tokens, job.settings.run.budget_cost
 
-    def count(reply: Reply) -> None:
+    def count(request: Request, reply: Reply, is_new: bool) -> None:
+        if on_reply:
+            on_reply(request, reply, is_new)
+        if not is_new:
+            return
         usage.update(reply.usage._asdict())
         if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
             driver.stop("at run.budget_tokens")
+        if budget_cost is not None and (engines.cost(journal.usage) or 0.0) >= budget_cost:
+            driver.stop("at run.budget_cost")
 
-    journal = Journal(job.run.path / "journal", on_reply=count)
+    journal = Journal(journal_folder or job.run.path / "journal", on_reply=count)
     # A record asks for several things at once, so fewer records than places keep the engine full.
     window = max(2, engines.concurrency)
     driver = Driver(job.run, stages, journal, window=window, limit=limit, inputs=inputs, grace_s=grace_s)
@@ -252,10 +323,17 @@ def _first(names: Sequence[str]) -> int:
     return min(DATA_STAGES.index(name) for name in names)
 
 
-async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Chain], Awaitable[None]]) -> None:
+async def run_chain(
+    chain: Chain,
+    *,
+    max_time: float | None,
+    watch: Callable[[Chain], Awaitable[None]],
+    warn: Callable[[str], None] = lambda text: None,
+) -> None:
     """Runs the stages to the end. SIGTERM, SIGUSR1, Ctrl-C and `max_time` seconds stop it; StoppedError then.
 
-    watch: a coroutine beside it, for progress; it is cancelled at the end. A second Ctrl-C ends the process with 130.
+    watch: a coroutine beside the requests, for progress; it is cancelled at the end. warn: gets what is doubtful before
+    the first request; EngineRefused for what cannot work. A second Ctrl-C ends the process with 130.
     """
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -271,17 +349,29 @@ async def run_chain(chain: Chain, *, max_time: float | None, watch: Callable[[Ch
     for number in (signal.SIGTERM, signal.SIGUSR1):
         loop.add_signal_handler(number, chain.driver.stop)
     timer = loop.call_later(max_time, chain.driver.stop, "at run.max_time") if max_time else None
-    watcher = asyncio.ensure_future(watch(chain))
+    watcher: asyncio.Future[None] | None = None
     try:
         await chain.engines.start()
+        kinds = {kind for stage in chain.stages for kind in _KINDS[stage.name]}
+        for doubt in chain.engines.preflight(chain.driver.run_folder.path, kinds):
+            warn(doubt)
+        watcher = asyncio.ensure_future(watch(chain))
         await chain.driver.run()
     finally:
         if timer:
             timer.cancel()
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
+        if watcher:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
         await chain.engines.close()
 
+
+_KINDS = {
+    "generate": ("draft",),
+    "critique-revise": ("critique", "revision", "check", "comparison"),
+    "rank": ("comparison", "grade"),
+}
+"""What each stage may ask, of constitution.samples.KINDS."""
 
 _SHARES = (("failed", "in"), ("filtered", "in"), ("lost_samples", "samples"), ("lost_comparisons", "comparisons"))
 """Counts of losses, and of what each is a share of."""

@@ -22,7 +22,7 @@ MODEL = "nano"
 def with_some_model(settings: Settings) -> Settings:
     """The settings, with the embedded model if they name neither a model nor another way to get answers."""
     engine = settings.engine
-    if engine.model or engine.base_urls or engine.script or engine.backend not in ("auto", "transformers"):
+    if engine.model or engine.base_urls or engine.script or engine.backend not in ("auto", "transformers", "vllm"):
         return settings
     return settings.model_copy(update={"engine": engine.model_copy(update={"model": MODEL})})
 

@@ -44,7 +44,8 @@ class Command:
 
     def start(self, *args: str | Path, fault: str = "", log: Path | None = None, **options: Any) -> subprocess.Popen:
         """Starts it as the leader of its own process group. fault: see tests/faults/sitecustomize.py."""
-        changes = {"PYTHONPATH": str(FAULTS), "FAULT": fault, "FAULT_LOG": str(log)} if fault else {}
+        path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+        changes = {"PYTHONPATH": path, "FAULT": fault, "FAULT_LOG": str(log)} if fault else {}
         return subprocess.Popen(
             [CAI, *map(str, args)],
             cwd=self.folder,

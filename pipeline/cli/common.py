@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -147,20 +147,26 @@ def settings_options(function: F) -> F:
 def model_options(function: F) -> F:
     for option in (
         click.option("--constitution", metavar="FILE", help="The principles; the built-in ones if not given."),
-        click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server that serves the model."),
+        click.option(
+            "--endpoint",
+            "endpoints",
+            multiple=True,
+            metavar="URL",
+            help="An OpenAI-compatible server that serves the model; repeatable.",
+        ),
         click.option("--model", metavar="MODEL", help="`nano`, a folder, a hub name, or a server's name for it."),
     ):
         function = option(function)
     return function
 
 
-def model_flags(model: str | None, endpoint: str | None, constitution: str | None) -> dict[str, Any]:
+def model_flags(model: str | None, endpoints: Sequence[str], constitution: str | None) -> dict[str, Any]:
     """The flags of `model_options` as a tree of settings."""
     flags: dict[str, Any] = {}
     if model:
         flags.setdefault("engine", {})["model"] = model
-    if endpoint:
-        flags.setdefault("engine", {}).update(base_urls=[endpoint], backend="server")
+    if endpoints:
+        flags.setdefault("engine", {}).update(base_urls=list(endpoints), backend="server")
     if constitution:
         flags["constitution"] = constitution
     return flags

@@ -35,6 +35,8 @@ def status_command(console: Console, *, run: Path) -> None:
     if call := last_call(run):
         console.report["outputs"]["last_call"] = call
         how = call["error"] or "done"
+        cost = call["counts"].get("work", {}).get("cost")
+        how += "" if cost is None else f", cost {cost:.2f}"
         console.show(printable(f"last call, {call['time']}: cai {shlex.join(call['argv'])} ({how})"))
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.common import Console
+from pipeline.rates import Counts, Meter
 
 if TYPE_CHECKING:
     from pipeline.recipe import Chain, Job
     from pipeline.stages.ingest import Ingested
 
 LINE_EVERY_S = 30.0
+DRAW_EVERY_S = 0.5
+BAR_WIDTH = 30
 
 
 def watcher(console: Console) -> Callable[[Chain], Awaitable[None]]:
     """A coroutine function that reports on a chain until it is cancelled."""
     if console.quiet:
         return _silent
-    return _bar if sys.stderr.isatty() else lambda chain: _lines(console, chain)
+    is_screen = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return _bar if is_screen else lambda chain: _lines(console, chain)
 
 
 async def _silent(chain: Chain) -> None:
@@ -29,43 +34,66 @@ async def _silent(chain: Chain) -> None:
 
 
 async def _lines(console: Console, chain: Chain) -> None:
-    began = time.monotonic()
+    meter = Meter(_counts(chain))
     while True:
         await asyncio.sleep(LINE_EVERY_S)
-        console.say(_describe(chain, time.monotonic() - began))
+        console.say("; ".join(_describe(chain, meter)))
 
 
 async def _bar(chain: Chain) -> None:
+    """A bar with the records beside it, and the rest under it."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
-    began = time.monotonic()
-    with Progress(*columns, console=RichConsole(stderr=True)) as bar:
-        task = bar.add_task("", total=chain.driver.progress.total)
+    meter = Meter(_counts(chain))
+
+    def draw() -> Group:
+        records, tokens, requests, failures = _describe(chain, meter)
+        beside = Table.grid(padding=(0, 1))
+        progress = chain.driver.progress
+        beside.add_row(ProgressBar(progress.total, progress.done, width=BAR_WIDTH), Text(records))
+        return Group(beside, Text(f"{tokens}; {failures}"), Text(requests))
+
+    with Live(draw(), console=RichConsole(stderr=True), auto_refresh=False) as live:
         try:
             while True:
-                done = chain.driver.progress.done
-                bar.update(task, completed=done, description=_rates(chain, time.monotonic() - began))
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(DRAW_EVERY_S)
+                live.update(draw(), refresh=True)
         finally:
-            bar.update(task, completed=chain.driver.progress.done)
+            live.update(draw())
 
 
-def _describe(chain: Chain, seconds: float) -> str:
-    progress = chain.driver.progress
-    done, total = progress.done, progress.total
-    eta = f", about {(total - done) * seconds / done:.0f} s left" if done else ""
-    return f"{done} of {total} records{eta}; {_rates(chain, seconds)}"
+def _counts(chain: Chain) -> Counts:
+    usage, progress = chain.usage, chain.driver.progress
+    tokens = (usage["prompt_tokens"], usage["completion_tokens"], usage["cached_tokens"])
+    return Counts(time.monotonic(), progress.done - progress.kept, *tokens)
 
 
-def _rates(chain: Chain, seconds: float) -> str:
-    journal, usage, seconds = chain.journal, chain.usage, max(seconds, 1e-9)
+def _describe(chain: Chain, meter: Meter) -> tuple[str, str, str, str]:
+    """Records and the time they need, tokens, requests, failures."""
+    progress, journal, rates = chain.driver.progress, chain.journal, meter.read(_counts(chain))
+    to_do = progress.total - progress.done
+    left = rates.seconds_left(to_do) if to_do else None
+    cached = "" if rates.cached is None else f" ({rates.cached:.0%} from the cache)"
+    running, waiting = journal.load()
+    answered = f"{journal.asked} answered, {journal.replayed} from the journal"
+    lost = f", {progress.failed} records lost" if progress.failed else ""
     return (
-        f"{journal.asked} replies ({journal.asked / seconds:.1f}/s, {journal.replayed} from the journal), "
-        f"tokens/s in {usage['prompt_tokens'] / seconds:.0f} out {usage['completion_tokens'] / seconds:.0f}, "
-        f"{chain.driver.progress.in_flight} in flight, {chain.driver.progress.failed} failed"
+        f"{progress.done} of {progress.total} records" + ("" if left is None else f", about {_duration(left)} left"),
+        f"tokens/s in {rates.tokens_in:.0f}{cached}, out {rates.tokens_out:.0f}",
+        f"requests: {running} running, {waiting} waiting, {answered}",
+        f"{progress.failures} failures{lost}",
     )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def show_ingest(console: Console, ingested: Ingested | None) -> None:
@@ -82,13 +110,17 @@ def show_ingest(console: Console, ingested: Ingested | None) -> None:
 
 def show_work(console: Console, chain: Chain) -> None:
     """What this call asked, and what it had from the journal."""
-    work = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
+    work: dict[str, Any] = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
     work["neutralised"] = chain.engines.neutralised
+    cost = chain.engines.cost(chain.journal.usage)
+    if cost is not None:
+        work["cost"] = round(cost, 6)
     console.report["counts"]["work"] = work
     cached = f" ({work['cached_tokens']} from the cache)" if work.get("cached_tokens") else ""
     console.say(
         f"asked: {work['replies']} replies, {work['replayed']} more from the journal; "
         f"tokens in {work.get('prompt_tokens', 0)}{cached}, out {work.get('completion_tokens', 0)}"
+        + ("" if cost is None else f"; cost {cost:.2f}")
     )
     if work["neutralised"]:
         console.say(f"special tokens in prompts, sent as plain text: {work['neutralised']}")

@@ -18,9 +18,11 @@ from pipeline.cli.common import (
     settings_options,
     stop_on_signals,
 )
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
+    from pipeline.estimate import Measured
     from pipeline.recipe import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,6 +45,14 @@ def _chain_options(function: F) -> F:
 
 
 @command("run", help="Run the whole recipe: generate, critique-revise, rank, export.")
+@click.option(
+    "--calibrate",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=8,
+    metavar="[N]",
+    help="With --dry-run: ask for real about the first N prompts (8), kept for the run, and estimate from that.",
+)
 @_chain_options
 def run_command(console: Console, **options: Any) -> None:
     _run_stages(console, ("generate", "critique-revise", "rank"), export=True, **options)
@@ -133,9 +143,10 @@ def _run_stages(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
     export: bool = False,
+    calibrate: int | None = None,
 ) -> None:
     from pipeline import recipe
     from pipeline.calllog import logged
@@ -143,14 +154,16 @@ def _run_stages(
     from pipeline.lock import locked
     from pipeline.store import RunFolder
 
-    flags = model_flags(model, endpoint, constitution)
+    flags = model_flags(model, endpoints, constitution)
     if prompts:
         flags["prompts"] = {"sources": [{"path": path} for path in prompts]}
     if seed is not None:
         flags["run"] = {"seed": seed}
+    if calibrate and not dry_run:
+        raise UsageError("--calibrate: measures for an estimate; use it with --dry-run")
     settings = recipe.resolve(run, config, assignments, flags)
     if dry_run:
-        _dry_run(console, run, settings, names, limit)
+        _dry_run(console, run, settings, names, limit, calibrate)
         return
     stop_on_signals()
     is_first = bool(prompts) or "generate" in names
@@ -167,7 +180,8 @@ def _run_stages(
             limit = None if ingested and ingested.new else limit
         chain = recipe.prepare(job, names, limit=limit, grace_s=grace)
         try:
-            asyncio.run(recipe.run_chain(chain, max_time=settings.run.max_time, watch=progress.watcher(console)))
+            watch, max_time = progress.watcher(console), settings.run.max_time
+            asyncio.run(recipe.run_chain(chain, max_time=max_time, watch=watch, warn=console.say))
         finally:
             stop_on_signals()
             progress.show_work(console, chain)
@@ -178,17 +192,46 @@ def _run_stages(
         recipe.check_shares(job, names)
 
 
-def _dry_run(console: Console, run: Path, settings: Settings, names: Sequence[str], limit: int | None) -> None:
-    """Counts what the call would ask for, from the sources or the prompts that the run already has."""
+def _dry_run(
+    console: Console, run: Path, settings: Settings, names: Sequence[str], limit: int | None, num: int | None
+) -> None:
+    """Counts what the call would ask for, from the sources or the prompts that the run already has.
+
+    num: how many prompts to measure it on; None: guess.
+    """
     from pipeline import recipe
     from pipeline.estimate import REPLY_SHARE
 
-    estimate = recipe.estimate_job(run, settings, names, limit)
+    measured = _measure(console, run, settings, num) if num else None
+    estimate = recipe.estimate_job(run, settings, names, limit, measured)
     console.report["counts"] = estimate._asdict()
+    of_in, of_out = "about, at 4 characters a token", f"about, at {REPLY_SHARE:.0%} of max_tokens a reply"
+    if measured:
+        of_in = of_out = f"about, as for the first {measured.records} prompts"
     console.show(f"records      {estimate.records:>14,}")
     for kind, number in estimate.requests.items():
         console.show(f"  {kind:<10} {number:>14,} requests")
     console.show(f"requests     {sum(estimate.requests.values()):>14,}")
-    console.show(f"tokens in    {estimate.tokens_in:>14,}  about, at 4 characters a token")
-    console.show(f"tokens out   {estimate.tokens_out:>14,}  about, at {REPLY_SHARE:.0%} of max_tokens a reply")
+    console.show(f"tokens in    {estimate.tokens_in:>14,}  {of_in}")
+    console.show(f"tokens out   {estimate.tokens_out:>14,}  {of_out}")
     console.show(f"disk         {estimate.disk / 1e6:>14,.1f}  MB, about")
+    if estimate.cost is not None:
+        console.show(f"cost         {estimate.cost:>14,.2f}  about, at price_in and price_out of the settings")
+    if estimate.seconds is not None and measured:
+        pace = f"the pace of {measured.records} prompts in flight; an engine with room for more is faster"
+        console.show(f"seconds      {estimate.seconds:>14,.0f}  about, at {pace}")
+
+
+def _measure(console: Console, run: Path, settings: Settings, num: int) -> Measured:
+    from pipeline.calibrate import calibrate
+    from pipeline.lock import locked
+    from pipeline.store import RunFolder
+
+    stop_on_signals()
+    RunFolder.check(run, create=True)
+    with locked(run):
+        measured = calibrate(run, settings, num)
+    stop_on_signals()
+    if measured.seconds_per_request is None:
+        console.say("every reply was in the journal already, so that there is no time to go by; take more prompts")
+    return measured

@@ -51,7 +51,7 @@ def try_command(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
 ) -> None:
     """Send PROMPT through one chain: drafts, critiques, revisions, verdicts, ranking. Nothing is kept.
@@ -63,7 +63,7 @@ def try_command(
     from pipeline.engines import resolve_backend
     from pipeline.trial import try_prompt, with_some_model
 
-    settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoint, constitution)))
+    settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoints, constitution)))
     backend = resolve_backend(settings.engine)
     console.say(f"asking {settings.engine.model if backend != 'scripted' else backend} …")
     case = try_prompt(settings, prompt)
@@ -85,24 +85,23 @@ def doctor_command(
     config: Path | None,
     assignments: Sequence[str],
     model: str | None,
-    endpoint: str | None,
+    endpoints: Sequence[str],
     constitution: str | None,
 ) -> None:
     """Check the machine, the settings and the model: each line is ok, warn or FAIL, with what to do about it.
 
     The model is loaded, or the endpoint asked; it gets every kind of request once, small. Exit code 2 if a check fails.
     """
+    from pipeline.checks import Check
     from pipeline.config.load import read_layers
-    from pipeline.doctor import Check, examine
+    from pipeline.doctor import examine
 
-    flags = model_flags(model, endpoint, constitution)
+    flags = model_flags(model, endpoints, constitution)
     run_config = run / "config.yaml" if run else None
     checks: list[Check] = []
     for check in examine(run, lambda: read_layers(run_config, config, assignments, flags)):
         checks.append(check)
-        console.show(
-            printable(f"{check.state:<5} {check.name}: {check.detail}" + (f"; {check.cure}" if check.cure else ""))
-        )
+        console.show(printable(f"{check.state:<5} {check}"))
     console.report["outputs"]["checks"] = [check._asdict() for check in checks]
     states = [check.state for check in checks]
     console.report["counts"] = {state: states.count(state) for state in ("ok", "warn", "FAIL")}

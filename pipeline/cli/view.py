@@ -79,10 +79,11 @@ def _show_answers(page: Page, case: Case) -> None:
         facts = f" by {draft['model']}, {draft['num_tokens']} tokens" + _ending(draft)
         page.write(2, (f"draft {draft['sample']}", "cyan"), facts)
         page.write(6, draft["text"])
-        _show_rounds(page, draft["text"], rounds.get(draft["sample"], []))
+        _show_rounds(page, draft, rounds.get(draft["sample"], []))
 
 
-def _show_rounds(page: Page, text: str, rounds: list[Line]) -> None:
+def _show_rounds(page: Page, draft: Line, rounds: list[Line]) -> None:
+    text, author = draft["text"], draft["model"]
     for number, entry in enumerate(rounds, start=1):
         if entry["stopped"]:
             page.write(4, (f"round {number}", "cyan"), ": stopped, the judge found no fault")
@@ -91,12 +92,17 @@ def _show_rounds(page: Page, text: str, rounds: list[Line]) -> None:
         verdict = (entry["verdict"], _VERDICT_STYLES.get(entry["verdict"], ""))
         page.write(4, (f"round {number}", "cyan"), f" {entry['principle']}: ", verdict, p + _ending(entry))
         if entry["critique"]:
-            page.write(6, ("critique", "dim"))
+            page.write(6, ("critique", "dim"), _by(entry.get("critic"), author))
             page.write(8, entry["critique"])
-        page.write(6, ("revision", "dim"))
+        page.write(6, ("revision", "dim"), _by(entry.get("model"), author))
         page.write_diff(8, text, entry["revision"])
         if entry["verdict"] != "worse":
             text = entry["revision"]
+
+
+def _by(model: str | None, author: str) -> str:
+    """Who wrote it, where that is not the author of the draft."""
+    return f" by {model}" if model not in (None, author) else ""
 
 
 def _show_ranking(page: Page, case: Case) -> None:

@@ -48,7 +48,7 @@ class Layers:
         below = self.tree.get("engine", {})
         if isinstance(engine, dict) and "base_urls" in engine and isinstance(below, dict):
             urls, urls_below = (list(section.get("base_urls") or ()) for section in (engine, below))
-            if origins(map(str, urls)) != origins(map(str, urls_below)):
+            if not set(origins(map(str, urls))) <= set(origins(map(str, urls_below))):
                 below.pop("api_key_env", None)
 
     def add_file(self, path: Path) -> None:
@@ -95,11 +95,12 @@ class Layers:
         section: tuple[str, ...] = ()
         try:
             settings = Settings.model_validate(self.tree)
-            overrides: dict[tuple[str, ...], dict[str, Any]] = {
-                ("judge",): settings.judge,
-                ("critic",): settings.critic,
-            }
+            overrides: dict[tuple[str, ...], dict[str, Any]] = {("judge",): settings.judge}
             overrides |= {("generate", "models", str(i)): model for i, model in enumerate(settings.generate.models)}
+            if isinstance(settings.critic, dict):
+                overrides["critic",] = settings.critic
+            else:
+                overrides |= {("critic", str(i)): critic for i, critic in enumerate(settings.critic)}
             for section, override in overrides.items():  # noqa: B007 - `section` names the place of the error
                 settings.engine_for(override)
         except ValidationError as error:

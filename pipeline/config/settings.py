@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class EngineSettings(Section):
-    """Which model answers, and how it is reached."""
+    """Which model answers, and how it is reached. price_in, price_out: of a million tokens, in any currency."""
 
     backend: Literal["auto", "transformers", "vllm", "server", "scripted"] = "auto"
     model: str | None = None
@@ -31,16 +31,23 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     context: Count | None = None
-    concurrency: Count = 64
+    concurrency: Count | None = None
+    adapter: str | None = None
+    quantization: str | None = None
+    tensor_parallel: Count = 1
+    data_parallel: Count | Literal["auto"] = "auto"
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     deterministic: bool = False
     style: Literal["chat", "few-shot"] = "chat"
     script: str | None = None
+    price_in: Annotated[float, Field(ge=0)] | None = None
+    price_out: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
-    def _one_endpoint(self) -> EngineSettings:
-        if len(self.base_urls) > 1:
-            raise ValueError("one endpoint is supported; name one URL in base_urls")
+    def _different_endpoints(self) -> EngineSettings:
+        if len({url.rstrip("/") for url in self.base_urls}) < len(self.base_urls):
+            raise ValueError("an address stands in base_urls twice; name each once")
         if any("@" in origin for origin in origins(self.base_urls)):
             raise ValueError("no password belongs into an address; name a variable in api_key_env")
         return self
@@ -127,21 +134,26 @@ class ExportSettings(Section):
 
 
 class RunSettings(Section):
-    """max_time: seconds after which the run stops, resumable. budget_tokens: likewise, of newly made replies."""
+    """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_failed_share: Share = 0.01
     budget_tokens: Count | None = None
+    budget_cost: Annotated[float, Field(gt=0)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = None
 
 
 class Settings(Section):
-    """All sections. `judge` and `critic` say only what differs from `engine`."""
+    """All sections. `judge` and `critic` say only what differs from `engine`.
+
+    critic: empty: every model criticises and revises its own drafts. A section: that model does both, for all drafts.
+    A list: these models criticise, a draft's own author revises.
+    """
 
     constitution: str | None = None
     engine: EngineSettings = EngineSettings()
     judge: dict[str, Any] = {}
-    critic: dict[str, Any] = {}
+    critic: dict[str, Any] | tuple[dict[str, Any], ...] = {}
     prompts: PromptsSettings = PromptsSettings()
     generate: GenerateSettings = GenerateSettings()
     critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
@@ -152,10 +164,37 @@ class Settings(Section):
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:
         """The engine section with what another one says differently.
 
-        A key belongs to the endpoint it was named with: a section that names another one and no `api_key_env` of its
+        A key belongs to the endpoints it was named with: a section that names any other one and no `api_key_env` of its
         own sends none (`api_key_env` is then empty).
         """
         found = EngineSettings.model_validate({**self.engine.model_dump(), **section})
-        if "api_key_env" in section or origins(found.base_urls) == origins(self.engine.base_urls):
+        if "api_key_env" in section or set(origins(found.base_urls)) <= set(origins(self.engine.base_urls)):
             return found
         return found.model_copy(update={"api_key_env": ""})
+
+    @field_validator("critic", mode="before")
+    @classmethod
+    def _is_section_or_list(cls, critic: Any) -> Any:
+        listed = critic if isinstance(critic, list | tuple) else [critic]
+        if not all(isinstance(one, dict) for one in listed):
+            raise ValueError("write a section, such as {model: NAME}, or a list of them")
+        return critic
+
+    @property
+    def generators(self) -> dict[str, EngineSettings]:
+        """Who drafts, by the place where the settings say so, in the order of the samples."""
+        models = self.generate.models
+        found = {f"generate.models[{n}]": self.engine_for(model) for n, model in enumerate(models)}
+        return found or {"engine": self.engine}
+
+    @property
+    def critics(self) -> dict[str, EngineSettings]:
+        """Who criticises, by place; empty if every model criticises its own drafts."""
+        if isinstance(self.critic, dict):
+            return {"critic": self.engine_for(self.critic)} if self.critic else {}
+        return {f"critic[{n}]": self.engine_for(critic) for n, critic in enumerate(self.critic)}
+
+    @property
+    def engines(self) -> dict[str, EngineSettings]:
+        """Every engine of the recipe, by place; equal ones each time that they are named."""
+        return {**self.generators, **self.critics, "judge": self.engine_for(self.judge)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from pipeline.config.settings import EngineSettings
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused
+
+CONCURRENCY = 64
+"""Of every backend but vllm, where `engine.concurrency` is not set."""
 
 
 def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
@@ -15,11 +19,14 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
     name: what records call a model that is loaded from a folder; the folder's name if not given.
     """
     backend = resolve_backend(settings)
+    if backend != "vllm" and (settings.adapter or settings.quantization):
+        key = "adapter" if settings.adapter else "quantization"
+        raise EngineRefused(f"engine.{key}: the {backend} backend has none; set engine.backend: vllm, or leave it out")
     if backend == "scripted":
         from pipeline.engines.scripted import ScriptedEngine
 
         named = settings.model or "scripted"
-        return ScriptedEngine(settings.script, concurrency=settings.concurrency, name=named)
+        return ScriptedEngine(settings.script, concurrency=settings.concurrency or CONCURRENCY, name=named)
     if not settings.model:
         raise EngineRefused(
             "engine.model: no model given; use --model MODEL (`--model nano` is built in), or set it in cai.yaml"
@@ -31,15 +38,15 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
             raise EngineRefused("engine.base_urls: no endpoint given; use --endpoint URL or set OPENAI_BASE_URL")
         return ServerEngine(
             settings.model,
-            settings.base_urls[0],
+            settings.base_urls,
             api_key_env=settings.api_key_env,
             revision=settings.revision or "",
-            concurrency=settings.concurrency,
+            concurrency=settings.concurrency or CONCURRENCY,
             timeout_s=settings.timeout_s,
             context=settings.context,
         )
     if backend == "vllm":
-        raise EngineRefused("engine.backend: vllm in process is not there yet; serve it and use --endpoint URL")
+        return _open_vllm(settings, name=name)
     from pipeline.engines.transformers import TransformersEngine
 
     return TransformersEngine(
@@ -48,17 +55,52 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
         dtype=settings.dtype,
         device=settings.device,
         context=settings.context,
-        concurrency=settings.concurrency,
+        concurrency=settings.concurrency or CONCURRENCY,
         deterministic=settings.deterministic,
         name=name,
     )
 
 
+def _open_vllm(settings: EngineSettings, *, name: str | None) -> Engine:
+    from pipeline.engines.vllm import VllmEngine
+
+    if settings.deterministic:
+        raise EngineRefused("engine.deterministic: vllm cannot promise it; use engine.backend: transformers")
+    if settings.device != "auto":
+        raise EngineRefused("engine.device: vllm takes the visible GPUs; choose with CUDA_VISIBLE_DEVICES instead")
+    return VllmEngine(
+        str(settings.model),
+        revision=settings.revision,
+        dtype=settings.dtype,
+        context=settings.context,
+        concurrency=settings.concurrency,
+        name=name,
+        adapter=settings.adapter,
+        quantization=settings.quantization,
+        tensor_parallel=settings.tensor_parallel,
+        data_parallel=settings.data_parallel,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+    )
+
+
 def resolve_backend(settings: EngineSettings) -> str:
-    """What `auto` stands for: a folder is loaded, a name is asked for at the endpoint if there is one, else loaded."""
+    """What `auto` stands for: a folder is loaded, a name is asked for at the endpoint if there is one, else loaded.
+
+    A model is loaded with vllm where that is installed and a GPU is visible, else with transformers.
+    """
     if settings.backend != "auto":
         return settings.backend
     if settings.script and not settings.model:
         return "scripted"
     is_folder = bool(settings.model) and Path(str(settings.model)).is_dir()
-    return "server" if settings.base_urls and not is_folder else "transformers"
+    if settings.base_urls and not is_folder:
+        return "server"
+    return "vllm" if _suits_vllm(settings) else "transformers"
+
+
+def _suits_vllm(settings: EngineSettings) -> bool:
+    if settings.deterministic or settings.device != "auto" or importlib.util.find_spec("vllm") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

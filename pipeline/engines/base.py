@@ -78,7 +78,9 @@ class Engine(Protocol):
     context: int | None
     fingerprint: dict[str, str]
     concurrency: int
-    neutralised: int
+
+    @property
+    def neutralised(self) -> int: ...
 
     async def start(self) -> object:
         """Called once before the first request: EngineRefused or EngineDown at once rather than later."""

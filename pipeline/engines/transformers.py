@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from pipeline.engines.base import Reply, Request, Usage
-from pipeline.errors import EngineDown, RequestFailed, ResourceError
+from pipeline.engines.rendered import Renderer
+from pipeline.errors import EngineDown, ResourceError
 from pipeline.lm.check import check_decoding
 from pipeline.lm.decode import Decoder, LabelQuery, Row
-from pipeline.lm.load import load
-from pipeline.lm.templates import Chat, split_reasoning
-from pipeline.records import Prompt
+from pipeline.lm.load import ends, load
+from pipeline.lm.templates import Chat
 
 _GATHER_S = 0.002  # an idle engine waits this long for the first request's company
 _PATIENCE = 8  # steps a request may wait for company before it joins the batch
@@ -48,7 +48,6 @@ class TransformersEngine:
     model: a folder or a hub name; name: as written into records, default the folder's or the hub's name.
     context: longest prompt plus reply in tokens, default what the model allows. concurrency: rows decoded together.
     deterministic: each request runs alone from an empty cache; on one machine its reply then depends on nothing else.
-    neutralised: how many texts of control tokens in prompts were encoded as letters so far.
     """
 
     def __init__(
@@ -68,14 +67,14 @@ class TransformersEngine:
         check_decoding(loaded.model)
         self.concurrency = concurrency
         self.context = _context(loaded.model, context)
-        self.chat = Chat(loaded.tokenizer, eos=_ends(loaded.model))
+        eos = ends(loaded.model.config.get_text_config(), loaded.model.generation_config)
+        self.chat = Chat(loaded.tokenizer, eos=eos)
         self.fingerprint = {
             **loaded.fingerprint,
             "template": self.chat.template_hash,
             "deterministic": str(deterministic).lower(),
         }
-        self.neutralised = 0
-        self._longest_token = max(map(len, loaded.tokenizer.get_vocab()))
+        self._renderer = Renderer(self.chat, self.context)
         self._deterministic = deterministic
         self._decoder = _decoder(loaded.model, concurrency=concurrency, alone=deterministic)
         self._inbox: queue.SimpleQueue[_Ticket | None] = queue.SimpleQueue()
@@ -89,15 +88,16 @@ class TransformersEngine:
         self._thread = threading.Thread(target=self._work, name="transformers-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def neutralised(self) -> int:
+        return self._renderer.neutralised
+
     async def start(self) -> None:
         """Ready since it was made."""
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """Answers; raises RequestFailed (`too_long`, `bad_roles`, `empty_prompt`), ResourceError, EngineRefused."""
-        self._check_characters(request.prompt)
-        encoded = self.chat.prompt(request.prompt, reasoning=not request.labels)
-        self.neutralised += encoded.neutralised
-        job = self._job(request, encoded.token_ids)
+        job = self._job(request, self._renderer.prompt(request))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._error is not None:
@@ -109,7 +109,8 @@ class TransformersEngine:
             usage = Usage(len(job.prompt), 0, job.cached_tokens)
             logprobs = dict(zip(request.labels, job.logps, strict=True))
             return Reply("", "labels", logprobs=logprobs, method="logprobs", usage=usage)
-        return self._reply(request, job)
+        usage = Usage(len(job.prompt), len(job.completion), job.cached_tokens)
+        return self._renderer.reply(request, job.completion, job.finish_reason, usage)
 
     async def close(self) -> None:
         """Ends the thread; requests still waiting get EngineDown."""
@@ -117,48 +118,19 @@ class TransformersEngine:
         await asyncio.to_thread(self._thread.join)
 
     def _job(self, request: Request, prompt: list[int]) -> Row | LabelQuery:
-        if not prompt:
-            raise RequestFailed("empty_prompt", "the prompt has no tokens")
         if request.labels:
             query = LabelQuery(prompt, self.chat.labels(request.prompt, request.labels))
-            self._check_length(len(prompt), query.reach)
+            self._renderer.check_length(len(prompt), query.reach)
             return query
-        wanted = max(1, request.max_tokens)
-        self._check_length(len(prompt), len(prompt) + 1)
         return Row(
             prompt,
-            max_tokens=wanted if self.context is None else min(wanted, self.context - len(prompt)),
+            max_tokens=self._renderer.max_tokens(request, prompt),
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed or 0,
             eos=self.chat.eos,
             stopped=_stopper(self.chat, request.stop) if request.stop else None,
         )
-
-    def _check_characters(self, prompt: Prompt) -> None:
-        """Refuses a hopeless prompt before it is tokenised: no token holds more characters than the longest one."""
-        size = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
-        fewest = size // self._longest_token
-        self._check_length(f"at least {fewest}", fewest)
-
-    def _check_length(self, prompt: int | str, needed: int) -> None:
-        if self.context is not None and needed > self.context:
-            advice = "shorten it or raise engine.context as far as the model allows"
-            raise RequestFailed("too_long", f"prompt has {prompt} tokens, context is {self.context}; {advice}")
-
-    def _reply(self, request: Request, row: Row) -> Reply:
-        reasoning, text = split_reasoning(self.chat.text(row.completion), opened=self._opens(request))
-        cuts = [text.find(stop) for stop in request.stop if stop in text]
-        return Reply(
-            text[: min(cuts)] if cuts else text,
-            row.finish_reason,
-            token_ids=tuple(row.completion),
-            reasoning=reasoning,
-            usage=Usage(len(row.prompt), len(row.completion), row.cached_tokens),
-        )
-
-    def _opens(self, request: Request) -> bool:
-        return self.chat.opens_reasoning and not isinstance(request.prompt, str)
 
     # What follows runs in the engine's thread.
 
@@ -260,15 +232,6 @@ def _context(model: Any, wanted: int | None) -> int | None:
     """The model's positions, or fewer if fewer are wanted."""
     limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), wanted)
     return min((limit for limit in limits if limit), default=None)
-
-
-def _ends(model: Any) -> list[int]:
-    """Tokens that end a reply: all that is taken from the model's generation config."""
-    ends: list[int] = []
-    for config in (model.config.get_text_config(), model.generation_config):
-        value = getattr(config, "eos_token_id", None)
-        ends += value if isinstance(value, list) else [value] if value is not None else []
-    return ends
 
 
 def _decoder(model: Any, *, concurrency: int, alone: bool) -> Decoder:

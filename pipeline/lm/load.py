@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file, logging
 
 from pipeline.errors import EngineRefused, ResourceError
@@ -63,6 +63,43 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
         "eos": json.dumps(getattr(loaded.generation_config, "eos_token_id", None)),
     }
     return Loaded(loaded, tokenizer, identity)
+
+
+class Identity(NamedTuple):
+    """Tokenizer and identity of a model whose weights are loaded elsewhere; `load` gives the same fingerprint.
+
+    dtype: of the weights when they are loaded. eos: tokens that end a reply. context: positions, None if unknown.
+    """
+
+    tokenizer: Any
+    dtype: torch.dtype
+    eos: list[int]
+    context: int | None
+    fingerprint: dict[str, str]
+
+
+def identify(model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Identity:
+    """Everything about a folder or a hub name but its weights, which are only hashed. Raises EngineRefused."""
+    config, tokenizer = _open(AutoConfig, model, revision), load_tokenizer(model, revision=revision)
+    try:
+        generation = GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    kind = pick_dtype(dtype, pick_device(device), config)
+    text = config.get_text_config()
+    identity = {
+        **fingerprint(config, tokenizer, dtype=kind),
+        "weights": _weights(model, config, revision),
+        "eos": json.dumps(generation.eos_token_id),
+    }
+    context = getattr(text, "max_position_embeddings", None)
+    return Identity(tokenizer, kind, ends(text, generation), context, identity)
+
+
+def ends(*configs: Any) -> list[int]:
+    """Tokens that end a reply by a model's own configurations."""
+    values = [getattr(config, "eos_token_id", None) for config in configs]
+    return [token for value in values if value is not None for token in (value if isinstance(value, list) else [value])]
 
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:

@@ -3,21 +3,24 @@
 A round draws a principle, asks the model to criticise its answer under it and to rewrite the answer after the critique.
 The paper takes every revision as better. Here the judge compares it with what it revised, under the same principle, in
 both orders; the next round starts from the last revision that was not judged worse.
+
+In the paper a model criticises itself. Other models may do it here: then they take turns, and the author revises.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from constitution.principles import Constitution, Principle
 from constitution.prompts import CHECK_LABELS, NO_FAULT, check_prompt, critique_prompt, revision_prompt
 from constitution.verdicts import judge_revision
 from pipeline.config.settings import CritiqueReviseSettings, RankSettings
 from pipeline.driver import Ask
-from pipeline.errors import RequestFailed
+from pipeline.errors import RequestFailed, UsageError
 from pipeline.records import Failure, Line, Outcome, Record
 from pipeline.stages.asking import Sampling, Voice, ask_labels, ask_text, compare, lost, together
 
@@ -27,13 +30,64 @@ NO_FAULT_P = 0.5
 
 @dataclass(frozen=True)
 class CritiqueRevise:
-    """What a chain needs. critic: criticises and revises; judge: verifies and stops early."""
+    """What a chain needs.
+
+    authors: who drafted, in the order of their samples. critics: who criticises in turn; none: a draft's author itself.
+    reviser: who revises every draft; None: its author. judge: verifies and stops early.
+    samples: of each author.
+    """
 
     constitution: Constitution
-    critic: Voice
+    authors: Sequence[Voice]
+    critics: Sequence[Voice]
+    reviser: Voice | None
     judge: Voice
     settings: CritiqueReviseSettings
     seed: int
+    samples: int
+
+
+class Roles(NamedTuple):
+    """Who works on one draft. critics: in the order of their turns."""
+
+    critics: Sequence[Voice]
+    reviser: Voice
+
+
+def cast(record: Record, completion: Line, using: CritiqueRevise) -> Roles:
+    """Who criticises and who revises a draft.
+
+    Several critics take turns in an order drawn by hash for each draft, so that one more of them moves no other two
+    against each other; the author is left out where there is somebody else.
+    """
+    if using.reviser and using.critics:
+        return Roles(using.critics, using.reviser)
+    author = _author(completion, using)
+    own = author.engine.fingerprint
+    others = [voice for voice in using.critics if voice.engine.fingerprint != own] or using.critics or [author]
+
+    def turn(voice: Voice) -> bytes:
+        place = ("critic", using.seed, record.id, completion["sample"], voice.engine.name)
+        return hashlib.sha256("\0".join(map(str, place)).encode()).digest()
+
+    return Roles(sorted(others, key=turn), using.reviser or author)
+
+
+def _author(completion: Line, using: CritiqueRevise) -> Voice:
+    """The model that made the draft: by the sample's number, or by its name if the number of samples has changed.
+
+    Where one model drafts, it takes over what another left. UsageError if none of several has the draft's name.
+    """
+    authors, name = using.authors, completion["model"]
+    place = completion["sample"] // using.samples
+    expected = [authors[place]] if place < len(authors) else []
+    for voice in (*expected, *authors):
+        if voice.engine.name == name or len(authors) == 1:
+            return voice
+    raise UsageError(
+        f"generate: a draft is by {name!r}, but generate.models has only "
+        f"{', '.join(voice.engine.name for voice in authors)}; name it there, or one model as `critic`"
+    )
 
 
 async def critique_revise(record: Record, ask: Ask, *, using: CritiqueRevise) -> Outcome:
@@ -47,14 +101,15 @@ async def critique_revise(record: Record, ask: Ask, *, using: CritiqueRevise) ->
 
 async def _chain(record: Record, ask: Ask, completion: Line, using: CritiqueRevise) -> tuple[list[Line], list[Failure]]:
     sample, text, finish_reason = completion["sample"], completion["text"], completion["finish_reason"]
+    model, roles = completion["model"], cast(record, completion, using)
     rounds: list[Line] = []
     failures: list[Failure] = []
     for n in range(using.settings.rounds):
         try:
             if using.settings.early_stop and await _is_fine(record, ask, text, using):
-                rounds.append(_stopped(text, finish_reason))
+                rounds.append(_stopped(text, model, finish_reason))
                 break
-            line = await _round(record, ask, sample, n, text, using)
+            line = await _round(record, ask, sample, n, text, roles, using)
             if using.settings.verify:
                 line |= await _verify(record, ask, sample, n, text, line, using, failures)
         except RequestFailed as error:
@@ -62,15 +117,17 @@ async def _chain(record: Record, ask: Ask, completion: Line, using: CritiqueRevi
             break
         rounds.append(line)
         if line["verdict"] != "worse":
-            text, finish_reason = line["revision"], line["finish_reason"]
+            text, model, finish_reason = line["revision"], line["model"], line["finish_reason"]
     return rounds, failures
 
 
-def _stopped(text: str, finish_reason: str) -> Line:
-    """The round that did not take place, since the judge found nothing to point out. finish_reason: of `text`."""
+def _stopped(text: str, model: str, finish_reason: str) -> Line:
+    """The round that did not take place, since the judge found no fault. model, finish_reason: of `text`."""
     return {
         "principle": "",
+        "critic": "",
         "critique": "",
+        "model": model,
         "revision": text,
         "finish_reason": finish_reason,
         "verdict": "same",
@@ -79,20 +136,22 @@ def _stopped(text: str, finish_reason: str) -> Line:
     }
 
 
-async def _round(record: Record, ask: Ask, sample: int, n: int, text: str, using: CritiqueRevise) -> Line:
+async def _round(record: Record, ask: Ask, sample: int, n: int, text: str, roles: Roles, using: CritiqueRevise) -> Line:
     principle = using.constitution.draw(using.seed, record.id, sample, n, using.settings.draw)
-    how: dict[str, Any] = {"wording": using.critic.wording, "style": using.critic.style}
+    critic, reviser = roles.critics[n % len(roles.critics)], roles.reviser
     critique = ""
     if not using.settings.direct:
-        prompt = critique_prompt(record.messages, text, principle, **how)
-        critique = (
-            await ask_text(ask, using.critic, prompt, "critique", _sampling(record, sample, n, "critique", using))
-        ).text
+        prompt = critique_prompt(record.messages, text, principle, wording=critic.wording, style=critic.style)
+        sampling = _sampling(record, sample, n, "critique", using)
+        critique = (await ask_text(ask, critic, prompt, "critique", sampling)).text
+    how: dict[str, Any] = {"wording": reviser.wording, "style": reviser.style}
     prompt = revision_prompt(record.messages, text, critique or None, principle, **how)
-    revision = await ask_text(ask, using.critic, prompt, "revision", _sampling(record, sample, n, "revision", using))
+    revision = await ask_text(ask, reviser, prompt, "revision", _sampling(record, sample, n, "revision", using))
     return {
         "principle": principle.id,
+        "critic": critic.engine.name if critique else "",
         "critique": critique,
+        "model": reviser.engine.name,
         "revision": revision.text,
         "finish_reason": revision.finish_reason,
         "verdict": "unverified",

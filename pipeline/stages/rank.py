@@ -80,14 +80,19 @@ def candidates(record: Record, which: str) -> list[Candidate]:
     found = [Candidate("given", sample, 0, "", text) for sample, text in enumerate(record.given)]
     drafts = record.lines.get("generate", {}).get("completions", [])
     found += [Candidate("draft", c["sample"], 0, c["model"], c["text"]) for c in drafts]
-    models = {c["sample"]: c["model"] for c in drafts}
+    authors = {c["sample"]: c["model"] for c in drafts}
     for chain in record.lines.get("critique-revise", {}).get("chains", []):
         sample, rounds = chain["sample"], list(enumerate(chain["rounds"], start=1))
-        kept = [(n, entry["revision"]) for n, entry in rounds if which == "all" or entry["verdict"] != "worse"]
+        kept = [(n, entry) for n, entry in rounds if which == "all" or entry["verdict"] != "worse"]
         if which == "ends":
             # A later round may have copied the text; the round that wrote it is the one to name.
-            kept = [(n, text) for n, text in kept if text == kept[-1][1]][:1]
-        found += [Candidate("revision", sample, n, models[sample], text) for n, text in kept]
+            kept = [(n, entry) for n, entry in kept if entry["revision"] == kept[-1][1]["revision"]][:1]
+        # Runs made before rounds named their model have the author's.
+        models = [entry.get("model", authors[sample]) for _, entry in kept]
+        found += [
+            Candidate("revision", sample, n, model, entry["revision"])
+            for (n, entry), model in zip(kept, models, strict=True)
+        ]
     first: dict[str, Candidate] = {}
     for candidate in sorted(found, key=lambda c: (c.round, c.sample)):
         first.setdefault(candidate.text, candidate)

@@ -83,13 +83,18 @@ def test_a_list_replaces_a_list() -> None:
         ("run:\n  seed: 1\nrank:\n  ordr: single\n", "given.yaml:4: unknown key 'rank.ordr'; did you mean 'order'?"),
         ("rank:\n  xyzzy: 1\n", "given.yaml:2: unknown key 'rank.xyzzy'; known keys: mode, order"),
         ("judge:\n  modle: x\n", "given.yaml:2: unknown key 'judge.modle'; did you mean 'model'?"),
+        ("critic:\n  - {}\n  - modle: x\n", "given.yaml:3: unknown key 'critic.1.modle'; did you mean 'model'?"),
+        (
+            "critic: carl\n",
+            "given.yaml:1: critic: write a section, such as {model: NAME}, or a list of them, not 'carl'",
+        ),
         ("generate:\n  samples: 0\n", "given.yaml:2: generate.samples: "),
         ("generate:\n  samples: many\n", "given.yaml:2: generate.samples: "),
         ("prompts:\n  sources:\n    - {path: a}\n    - {pth: b}\n", "given.yaml:4: "),
         ("export: {split: {sft: 0.5, preference: 0.5, test: 0.5}}\n", "the shares add up to 1.5"),
         ("rank: {tie_band: 0.5}\n", "rank.tie_band"),
         ("- a\n", "given.yaml:1: not a mapping of sections"),
-        ("engine: {base_urls: [http://a/v1, http://b/v1]}\n", "one endpoint is supported"),
+        ("engine: {base_urls: [http://a/v1, http://a/v1/]}\n", "base_urls twice"),
     ],
 )
 def test_a_mistake_is_reported_at_its_place_with_a_cure(config: str, message: str) -> None:
@@ -138,7 +143,17 @@ def test_judge_and_critic_say_only_what_differs_from_the_engine() -> None:
     settings = read("engine.model=big", "engine.timeout_s=5", "judge.model=small")
     judge = settings.engine_for(settings.judge)
     assert (judge.model, judge.timeout_s) == ("small", 5.0)
-    assert settings.engine_for(settings.critic) == settings.engine
+    assert list(settings.engines) == ["engine", "judge"]
+    assert read("engine.model=big", "critic.model=small").critics["critic"].model == "small"
+
+
+def test_critics_are_one_section_or_a_list() -> None:
+    critics = read("engine.model=big", "critic=[{model: a}, {}]").critics
+    assert {place: critic.model for place, critic in critics.items()} == {"critic[0]": "a", "critic[1]": "big"}
+    run = "critic: [{model: a}]\n"
+    assert read("critic.model=b", run=run).critic == {"model": "b"}
+    assert read("critic=[{model: b}]", run="critic: {model: a}\n").critic == ({"model": "b"},)
+    assert read("critic={}", run=run).critics == {}
 
 
 def test_settings_cannot_be_changed_behind_a_runs_back() -> None:

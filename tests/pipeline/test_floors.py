@@ -14,12 +14,24 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "records", "config", "store", "sources", "intervals", "conversations", "worddiff", "calllog"), 0
+        (
+            "errors",
+            "records",
+            "config",
+            "store",
+            "sources",
+            "intervals",
+            "conversations",
+            "worddiff",
+            "calllog",
+            "rates",
+        ),
+        0,
     ),
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),
-    **dict.fromkeys(("recipe", "report", "trial", "standing", "starter", "doctor"), 4),
+    **dict.fromkeys(("recipe", "report", "trial", "standing", "starter", "doctor", "checks", "calibrate"), 4),
     "cli": 5,
 }
 SLOW = ("torch", "transformers", "vllm", "openai", "datasets", "pyarrow", "safetensors", "tokenizers", "httpx")

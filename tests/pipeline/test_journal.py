@@ -243,7 +243,7 @@ def test_a_failing_last_fsync_is_not_forgotten(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_bug_in_the_writer_ends_the_run_instead_of_hanging_it(tmp_path: Path) -> None:
-    def bug(reply: Reply) -> None:
+    def bug(request: Request, reply: Reply, is_new: bool) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -261,3 +261,25 @@ def test_a_journal_line_is_json_with_its_crc_first(tmp_path: Path) -> None:
     line = json.loads(written(tmp_path, 1).read_text())
     assert list(line) == ["crc", "key", "reply"]
     assert line["reply"] == {"text": "answer 0", "finish_reason": "stop", "usage": [0, 2, 0]}
+
+
+def test_the_load_is_what_runs_and_what_waits_by_each_engines_concurrency(tmp_path: Path) -> None:
+    loads: list[tuple[int, int]] = []
+    journal = Journal(tmp_path)
+
+    def say(request: Request) -> str:
+        loads.append(journal.load())
+        return "x"
+
+    async def whole() -> None:
+        await journal.start()
+        segment = journal.open(0)
+        one, two = Told(say, name="one", concurrency=2), Told(say, name="two", concurrency=8)
+        asked = [(one, request) for request in numbered(5)] + [(two, request) for request in numbered(3)]
+        await asyncio.gather(*(journal.ask(engine, request, segment, 0) for engine, request in asked))
+        await journal.release(segment)
+        await journal.close()
+
+    asyncio.run(whole())
+    assert loads[0] == (2 + 3, 3)
+    assert journal.load() == (0, 0)

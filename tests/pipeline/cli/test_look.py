@@ -174,3 +174,12 @@ def test_a_round_is_shown_against_what_it_revised() -> None:
     text = shown("a red key", "a blue key", "a blue lock")
     assert "        a [-red-]{+blue+} key" in text.splitlines()
     assert "        a blue [-key-]{+lock+}" in text.splitlines()
+
+
+def test_a_critique_or_revision_by_another_than_the_author_names_who_wrote_it() -> None:
+    entry = {"principle": "kind", "critic": "ann", "critique": "Curt.", "model": "m", "revision": "b"}
+    entry |= {"finish_reason": "stop", "verdict": "unverified", "stopped": False}
+    chains = {"chains": [{"sample": 0, "rounds": [entry]}]}
+    text = shown("a", **{"critique-revise": chains}).splitlines()
+    assert "      critique by ann" in text
+    assert "      revision" in text

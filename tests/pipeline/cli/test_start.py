@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,8 @@ def test_doctor_asks_an_endpoint_for_everything_a_run_needs(cai: Command, serve:
     server = serve("context: 4096\nmodels: [small]\n")
     code, found = checks(cai, "--endpoint", server.url, "--model", "small", "--set", "generate.max_tokens=9")
     assert code == 0
-    assert found["engine: model"][0] == "ok"
-    assert server.url.removesuffix("/v1") in found["engine: model"][1]
+    assert found["engine: endpoint"] == ("ok", f"{server.url} serves small")
+    assert found["engine: model"] == ("ok", "small, context 4096 tokens, replies up to 1024")
     for kind in ("draft", "critique", "revision", "check", "comparison", "grade"):
         assert f"{kind} " in found["engine: requests"][1]
     assert found["engine: odd turns"][0] == "ok"
@@ -157,15 +158,16 @@ def test_doctor_asks_an_endpoint_for_everything_a_run_needs(cai: Command, serve:
 def test_doctor_names_the_model_that_an_endpoint_does_not_serve(cai: Command, serve: Serve) -> None:
     server = serve("models: [small, large]\n")
     code, found = checks(cai, "--endpoint", server.url, "--model", "smal")
-    state, detail = found["engine: model"]
+    state, detail = found["engine: endpoint"]
     assert (code, state) == (2, "FAIL")
+    assert "engine: model" not in found
     assert "no model 'smal' here; nearest: small" in detail
 
 
 def test_doctor_says_that_an_endpoint_is_not_there(cai: Command) -> None:
     code, found = checks(cai, "--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
-    assert (code, found["engine: model"][0]) == (2, "FAIL")
-    assert "start the server" in found["engine: model"][1]
+    assert (code, found["engine: endpoint"][0]) == (2, "FAIL")
+    assert "start the server" in found["engine: endpoint"][1]
 
 
 def test_doctor_warns_of_a_judge_whose_labels_cannot_be_read(cai: Command, serve: Serve) -> None:
@@ -195,6 +197,48 @@ def test_doctor_looks_at_judge_and_engine_when_they_differ(cai: Command) -> None
     _, found = checks(cai, *SCRIPTED, "--set", "judge.script=judge.yaml")
     assert {"engine: one token", "judge: one token"} <= found.keys()
     assert "critic: one token" not in found
+
+
+def test_doctor_asks_every_endpoint_of_a_pool_by_itself(cai: Command, serve: Serve) -> None:
+    here, other = serve("models: [small]\n"), serve("models: [large]\n")
+    urls = f"engine.base_urls=[{here.url}, {other.url}, http://127.0.0.1:9/v1]"
+    done = cai("doctor", "--model", "small", "--set", urls)
+    assert done.returncode == 2
+    endpoints = [line for line in done.stdout.splitlines() if "engine: endpoint: " in line]
+    assert endpoints[0] == f"ok    engine: endpoint: {here.url} serves small"
+    assert endpoints[1].startswith(f"FAIL  engine: endpoint: {other.url.removesuffix('/v1')}: no model 'small' here")
+    assert endpoints[2].startswith("FAIL  engine: endpoint: http://127.0.0.1:9: no answer")
+    assert "start the server" in endpoints[2]
+
+
+def test_doctor_wants_label_probabilities_of_the_judge_alone(cai: Command, serve: Serve) -> None:
+    server = serve("models: [mute, speaks]\nrules: [{asks: labels, model: mute, faults: [{kind: no_logprobs}]}]\n")
+    models = ("--endpoint", server.url, "--set", "generate.models=[{model: mute}]", "--set")
+    code, found = checks(cai, *models, "judge.model=speaks")
+    assert (code, found["judge: comparison"][0]) == (0, "ok")
+    assert "generate.models[0]: one token" in found
+    assert not any(name.startswith("generate.models[0]: comp") for name in found)
+    done = cai("doctor", *models, "judge.model=mute")
+    assert done.returncode == 2
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert failed[0].startswith("FAIL  generate.models[0]: labels: bad_reply")
+    assert "take another one as `judge`" in failed[0]
+
+
+def test_doctor_looks_at_every_critic_of_a_list(cai: Command, serve: Serve) -> None:
+    server = serve("models: [small, ann, bob]\n")
+    _, found = checks(cai, "--endpoint", server.url, "--model", "small", "--set", "critic=[{model: ann}, {model: bib}]")
+    assert found["critic[0]: one token"][0] == "ok"
+    assert (found["critic[1]: endpoint"][0], "nearest: bob" in found["critic[1]: endpoint"][1]) == ("FAIL", True)
+
+
+def test_doctor_names_packages_with_their_versions(cai: Command) -> None:
+    _, found = checks(cai, *SCRIPTED)
+    named = found["packages"][1].split(", ")
+    for package in ("constitutional-pipeline", "torch", "transformers", "openai"):
+        assert f"{package} {version(package)}" in named
+    assert found["memory"][1].endswith("GiB free")
 
 
 def test_doctor_finds_what_is_wrong_with_settings_constitution_and_prompts(cai: Command) -> None:

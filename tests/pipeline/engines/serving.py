@@ -35,7 +35,7 @@ def play(
 
     async def with_both() -> Any:
         async with running(script, ledger=ledger) as url:
-            engine = ServerEngine(model, url, **options)
+            engine = ServerEngine(model, [url], **options)
             try:
                 return await act(engine)
             finally:

@@ -14,10 +14,12 @@ import pytest
 
 from pipeline.engines import server as server_module
 from pipeline.engines.base import Reply, Request
+from pipeline.engines.endpoints import Endpoint
+from pipeline.engines.pool import Pool
 from pipeline.engines.scripted import ScriptedEngine
 from pipeline.engines.scripted_answers import Fault, Rule, Script
 from pipeline.engines.scripted_server import running
-from pipeline.engines.server import ServerEngine, Slots
+from pipeline.engines.server import ServerEngine
 from pipeline.errors import EngineDown, RequestFailed
 from tests.pipeline.engines.serving import ask, chat, faulty, play, received
 
@@ -229,7 +231,7 @@ def test_no_answer_at_all_is_an_endpoint_that_is_down() -> None:
     async def act() -> None:
         async with running(Script()) as url:
             pass
-        engine = ServerEngine("scripted", url)
+        engine = ServerEngine("scripted", [url])
         with pytest.raises(EngineDown, match="no answer"):
             await engine.start()
         with pytest.raises(EngineDown, match="given up after 8 tries") as raised:
@@ -241,7 +243,7 @@ def test_no_answer_at_all_is_an_endpoint_that_is_down() -> None:
 
 
 def test_the_fingerprint_names_the_model_and_the_revision_only() -> None:
-    one, other = (ServerEngine("m", f"http://{host}:1/v1", revision="2024-06") for host in ("a", "b"))
+    one, other = (ServerEngine("m", [f"http://{host}:1/v1"], revision="2024-06") for host in ("a", "b"))
     assert one.fingerprint == other.fingerprint == {"backend": "server", "model": "m", "revision": "2024-06"}
 
 
@@ -269,19 +271,21 @@ def test_at_most_concurrency_requests_are_in_flight_and_older_records_go_first(t
 
 def test_a_waiting_request_that_is_cancelled_gives_its_turn_on() -> None:
     async def act() -> list[str]:
-        slots, order = Slots(1), []
+        lone = Endpoint("http://127.0.0.1:9/v1", "m", key="", key_variable="", concurrency=1)
+        pool, order = Pool([lone]), []
 
         async def hold(name: str, priority: int) -> None:
-            await slots.take(priority)
+            place = await pool.take(priority)
             order.append(name)
             await asyncio.sleep(0)
-            slots.give()
+            pool.give(place)
 
         tasks = [asyncio.create_task(hold(name, n)) for n, name in enumerate("abc")]
         await asyncio.sleep(0)
         tasks[1].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.wait_for(slots.take(0), 1)
+        await asyncio.wait_for(pool.take(0), 1)
+        await pool.close()
         return order
 
     assert asyncio.run(act()) == ["a", "c"]

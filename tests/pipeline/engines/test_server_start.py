@@ -72,7 +72,7 @@ def list_models(*answers: bytes, **options: Any) -> tuple[Any, list[bytes]]:
 
     async def once() -> Any:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        engine = ServerEngine("m", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", **options)
+        engine = ServerEngine("m", [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"], **options)
         try:
             return await engine.start()
         except EngineRefused as error:
@@ -198,7 +198,7 @@ def test_a_label_request_asks_servers_that_can_to_leave_the_thinking_out(
 @pytest.mark.parametrize("url", ["ftp://host/v1", "localhost:8000", "http://user:secret@host/v1"])
 def test_a_bad_address_is_refused_without_showing_a_password(url: str) -> None:
     with pytest.raises(UsageError) as raised:
-        ServerEngine("m", url)
+        ServerEngine("m", [url])
     assert "secret" not in str(raised.value)
 
 

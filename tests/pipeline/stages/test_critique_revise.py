@@ -32,7 +32,7 @@ def record_of(*drafts: str) -> Record:
 
 def revise(folder: Path, engine: Told, *drafts: str, seed: int = 0, **settings: Any) -> Outcome:
     voice = Voice(engine, CONSTITUTION.wording)
-    using = CritiqueRevise(CONSTITUTION, voice, voice, CritiqueReviseSettings(**settings), seed)
+    using = CritiqueRevise(CONSTITUTION, [voice], [], None, voice, CritiqueReviseSettings(**settings), seed, 1)
     return run_stage(folder, critique_revise, record_of(*drafts or (DRAFT,)), using=using)
 
 
@@ -218,7 +218,7 @@ def test_identical_drafts_under_the_same_principle_are_asked_about_once(tmp_path
     one = Constitution(CONSTITUTION.principles[:1], CONSTITUTION.wording)
     engine = model(longer_is_better)
     voice = Voice(engine, one.wording)
-    using = CritiqueRevise(one, voice, voice, CritiqueReviseSettings(rounds=1), 0)
+    using = CritiqueRevise(one, [voice], [], None, voice, CritiqueReviseSettings(rounds=1), 0, 1)
     outcome = run_stage(tmp_path, critique_revise, record_of("x", "x", "x"), using=using)
     assert engine.kinds() == {"critique": 1, "revision": 1, "comparison": 2}
     assert rounds(outcome, 0) == rounds(outcome, 1) == rounds(outcome, 2)

@@ -1,0 +1,147 @@
+"""A model that vLLM has loaded, in processes that end with this one; engines with different adapters share it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engines import tether
+from pipeline.errors import EngineRefused
+from pipeline.records import canonical
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Of LoRA adapters, those that vLLM makes room for."""
+_GIB = 1 << 30
+_loaded: dict[bytes, VllmModel] = {}
+
+
+class VllmModel:
+    """options: vLLM's engine arguments. llm: its `AsyncLLM`, None before `start`, after `leave` and asleep on a CPU."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.llm: Any = None
+        self.adapters: list[str] = []
+        self._options = options
+        self._users = 0
+
+    def join(self, adapter: str | None) -> None:
+        """One more engine uses the model, with this adapter."""
+        self._users += 1
+        if adapter and adapter not in self.adapters:
+            self.adapters.append(adapter)
+
+    async def leave(self) -> None:
+        """The last engine ends the processes."""
+        self._users -= 1
+        if not self._users:
+            for key in [key for key, model in _loaded.items() if model is self]:
+                del _loaded[key]
+            await self._stop()
+
+    async def start(self) -> None:
+        """Loads the model if no other engine has. Raises EngineRefused with vLLM's reason."""
+        if self.llm is None:
+            self.llm = await asyncio.to_thread(self._load)
+
+    async def sleep(self) -> None:
+        """Gives the memory of the GPUs back: weights to main memory, the cache away. On a CPU all of it goes."""
+        if not torch.cuda.is_available():
+            await self._stop()
+        elif self.llm is not None:
+            await self.llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        if self.llm is None:
+            await self.start()
+        elif torch.cuda.is_available():
+            await self.llm.wake_up()
+
+    async def _stop(self) -> None:
+        if self.llm is not None:
+            llm, self.llm = self.llm, None
+            handler = llm.output_handler
+            await asyncio.to_thread(llm.shutdown)
+            if handler is not None:
+                await asyncio.gather(handler, return_exceptions=True)
+
+    def _load(self) -> Any:
+        _set_environment()
+        # Ctrl-C goes to all processes of a terminal; ours decides when the engine ends. Children inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+        try:
+            return _launch(self._arguments())
+        except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            cure = "set VLLM_LOGGING_LEVEL=INFO to see vLLM's own messages"
+            raise EngineRefused(f"{self._options['model']}: vLLM cannot load it ({reason}); {cure}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _arguments(self) -> dict[str, Any]:
+        """The model's own generation config is left out: every sampling parameter is said with each request."""
+        arguments = {
+            **self._options,
+            "generation_config": "vllm",
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "trust_remote_code": False,
+        }
+        if torch.cuda.is_available():
+            arguments["enable_sleep_mode"] = True
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": min(total // 8, 4 * _GIB)}
+        if self.adapters:
+            number = len(self.adapters)
+            rank = max(_rank(adapter) for adapter in self.adapters)
+            arguments |= {"enable_lora": True, "max_loras": number, "max_cpu_loras": number, "max_lora_rank": rank}
+        return arguments
+
+
+def shared_model(adapter: str | None, **options: Any) -> VllmModel:
+    """The model with these options, for one more engine; one that runs already takes no further adapter."""
+    key = canonical(options)
+    found = _loaded.get(key)
+    if found is None or (found.llm is not None and adapter and adapter not in found.adapters):
+        found = _loaded[key] = VllmModel(options)
+    found.join(adapter)
+    return found
+
+
+def _set_environment() -> None:
+    """What vLLM reads when it is imported: quiet, off stdout, no statistics sent, no fork of a threaded parent."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ[tether.PARENT] = str(os.getpid())
+
+
+def _launch(arguments: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCoreProc
+
+    untied = EngineCoreProc.run_engine_core
+    EngineCoreProc.run_engine_core = staticmethod(tether.run_engine_core)
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    finally:
+        EngineCoreProc.run_engine_core = staticmethod(untied)
+
+
+def _rank(adapter: str) -> int:
+    """The least rank vLLM has room for that holds the adapter's. Raises EngineRefused where there is no adapter."""
+    path = Path(adapter) / "adapter_config.json"
+    try:
+        rank = json.loads(path.read_text())["r"]
+        return next(most for most in _RANKS if rank <= most)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise EngineRefused(f"engine.adapter: {path} names no rank up to {_RANKS[-1]}; give a LoRA folder") from error

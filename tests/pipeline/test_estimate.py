@@ -1,0 +1,99 @@
+"""What a dry run says, against what a run then does; the scripted server's ledger is the witness."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from constitution.principles import Constitution
+from pipeline.config.settings import Settings
+from pipeline.estimate import Call, Measured, estimate
+from pipeline.recipe import DATA_STAGES
+from tests.support import Command, Server, write_prompts
+
+Serve = Callable[..., Server]
+
+
+def told(cai: Command, *arguments: str | Path) -> dict[str, Any]:
+    """The object that a command prints."""
+    done = cai(*arguments, "--json")
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["exit_code"] == 0, done.stderr
+    return report
+
+
+def test_a_calibration_is_paid_once_and_says_what_the_run_asks(cai: Command, serve: Serve) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 6)
+    server, other = serve(), serve()
+    run = ["run", "-r", "r", "--prompts", prompts, *server.options()]
+    first = told(cai, *run, "--dry-run", "--calibrate", "3")["counts"]
+    asked = server.num_received()
+    assert (first["records"], sum(first["requests"].values())) == (6, 2 * asked)
+    assert first["seconds"] > 0
+    every = told(cai, *run, "--dry-run", "--calibrate", "6")["counts"]
+    work = told(cai, *run)["counts"]["work"]
+    told(cai, "run", "-r", "s", "--prompts", prompts, *other.options())
+    assert Counter(line["key"] for line in server.received()) == Counter(line["key"] for line in other.received())
+    assert sum(every["requests"].values()) == work["replayed"]
+    assert work["replies"] == 0
+
+
+def test_tokens_of_a_calibration_are_those_of_the_run(cai: Command) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 4)
+    run = ["run", "-r", "r", "--prompts", prompts, "--set", "engine.backend=scripted", "--set", "generate.samples=1"]
+    measured = told(cai, *run, "--dry-run", "--calibrate", "4")["counts"]
+    fresh = told(cai, "run", "-r", "s", *run[3:])["counts"]["work"]
+    assert (measured["tokens_in"], measured["tokens_out"]) == (fresh["prompt_tokens"], fresh["completion_tokens"])
+
+
+def test_a_calibration_leaves_replies_and_nothing_else(cai: Command) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 3)
+    told(cai, "run", "-r", "r", "--prompts", prompts, "--set", "engine.backend=scripted", "--dry-run", "--calibrate")
+    assert {path.name for path in (cai.folder / "r").iterdir()} == {"journal", "lock", "run.json"}
+    assert told(cai, "run", "-r", "s", "--prompts", prompts, "--set", "engine.backend=scripted", "--dry-run")
+    assert not (cai.folder / "s").exists()
+
+
+def test_known_replies_give_no_time(cai: Command) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 6)
+    run = ["run", "-r", "r", "--prompts", prompts, "--set", "engine.backend=scripted"]
+    told(cai, *run)
+    done = cai("run", "-r", "r", "--set", "engine.backend=scripted", "--dry-run", "--calibrate", "2")
+    assert done.returncode == 0
+    assert "no time to go by" in done.stderr
+    assert "seconds" not in done.stdout
+
+
+def test_calibrating_is_for_dry_runs(cai: Command) -> None:
+    done = cai("run", "--calibrate", "--set", "engine.backend=scripted")
+    assert (done.returncode, "use it with --dry-run" in done.stderr) == (2, True)
+
+
+def cost(**sections: Any) -> float | None:
+    """Of 1000 records with a draft, a critique, a revision, two comparisons each; 100 tokens in, 10 out a request."""
+    settings = Settings.model_validate(sections)
+    kinds = {"draft": 1, "critique": 1, "revision": 1, "comparison": 2}
+    measured = Measured(4, tuple(Call(kind, num, 100, 10) for kind, num in kinds.items()), 0.5)
+    constitution = Constitution.default()
+    found = estimate(settings, constitution, DATA_STAGES, records=1000, characters=0, max_tokens=1, measured=measured)
+    assert (found.requests, found.seconds) == ({kind: 1000 * num for kind, num in kinds.items()}, 2500)
+    assert (found.tokens_in, found.tokens_out) == (500_000, 50_000)
+    return found.cost
+
+
+def test_every_kind_costs_the_price_of_whom_it_is_asked_of() -> None:
+    # 0.1 million tokens in and 0.01 million out for each request a record.
+    assert cost() is None
+    assert cost(engine={"price_in": 2, "price_out": 10}) == pytest.approx(5 * (0.1 * 2 + 0.01 * 10))
+    judge = {"price_in": 3}
+    assert cost(judge=judge) == pytest.approx(2 * 0.1 * 3)
+    assert cost(judge=judge, critic={"price_out": 7}) == pytest.approx(2 * 0.1 * 3 + 2 * 0.01 * 7)
+    # A list of critics: the authors revise, so that only the critique costs the mean price of the critics.
+    assert cost(critic=[{"price_out": 7}, {}]) == pytest.approx(0.01 * 3.5)
+    # The judge and, without critics, the authors: 1 to 1 of two models.
+    assert cost(generate={"models": [{"price_in": 4}, {}]}) == pytest.approx(3 * 0.1 * 2)
