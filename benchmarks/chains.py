@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from measured import Timeline
 
-from pipeline import recipe
+from pipeline import jobs, recipe
 from pipeline.engines.base import Engine, Reply, Request
 from pipeline.store import RunFolder
 
@@ -56,9 +56,9 @@ async def run_chains(folder: Path, prompts: Path, engine: Kept, *, style: str, m
         "critique_revise.verify": "false",
     }
     assignments = [f"{key}={value}" for key, value in wanted.items()]
-    settings = recipe.resolve(folder, None, assignments, {"prompts": {"sources": [{"path": str(prompts)}]}})
-    job, _ = recipe.open_job(folder, settings)
-    recipe.ingest_prompts(job, None)
+    settings = jobs.resolve(folder, None, assignments, {"prompts": {"sources": [{"path": str(prompts)}]}})
+    job, _ = jobs.open_job(folder, settings)
+    jobs.ingest_prompts(job, None)
     with patch.object(recipe, "open_engine", lambda settings, name=None: engine):
         chain = recipe.prepare(job, recipe.DATA_STAGES)
     await recipe.run_chain(chain, max_time=None, watch=lambda chain: asyncio.sleep(0))

@@ -20,8 +20,8 @@ import aiohttp
 from chains import Kept, run_chains
 from measured import Measured, Timeline
 
-from pipeline.engines import open_engine
 from pipeline.config.settings import EngineSettings
+from pipeline.engines import open_engine
 
 NAME = "wordy"
 PEERS = Path(__file__).parent / "peers"

@@ -16,7 +16,8 @@ from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.errors import UsageError
 from pipeline.estimate import Call, Measured
-from pipeline.recipe import DATA_STAGES, Chain, Job, constitution_file, ingest_prompts, prepare, run_chain
+from pipeline.jobs import Job, constitution_file, ingest_prompts
+from pipeline.recipe import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.store import RunFolder, StageWriter
 
 

@@ -18,7 +18,8 @@ from pipeline.config.settings import EngineSettings, Settings
 from pipeline.engines import open_engine, resolve_backend
 from pipeline.engines.base import Request
 from pipeline.errors import CaiError, RequestFailed, UsageError
-from pipeline.recipe import Engines, constitution_file
+from pipeline.jobs import constitution_file
+from pipeline.recipe import Engines
 from pipeline.records import Prompt
 from pipeline.sources import Spec, read
 from pipeline.stages.asking import Voice

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import recipe
+from pipeline import jobs, recipe
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.journal import Journal
@@ -148,9 +148,9 @@ def play(
     """What `cai run` does, in this process. tree: settings by section; the engine is the scripted one."""
     settings = Settings.model_validate({**tree, "engine": {"backend": "scripted", **tree.get("engine", {})}})
     RunFolder(run, create=True)
-    job, _ = recipe.open_job(run, settings)
+    job, _ = jobs.open_job(run, settings)
     if settings.prompts.sources:
-        recipe.ingest_prompts(job, limit)
+        jobs.ingest_prompts(job, limit)
     chain = recipe.prepare(job, names, limit=limit)
     asyncio.run(recipe.run_chain(chain, max_time=None, watch=_silent))
     if export:

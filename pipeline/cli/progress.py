@@ -13,7 +13,8 @@ from pipeline.cli.common import Console
 from pipeline.rates import Counts, Meter
 
 if TYPE_CHECKING:
-    from pipeline.recipe import Chain, Job
+    from pipeline.jobs import Job
+    from pipeline.recipe import Chain
     from pipeline.stages.ingest import Ingested
 
 LINE_EVERY_S = 30.0

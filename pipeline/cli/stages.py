@@ -23,7 +23,7 @@ from pipeline.errors import UsageError
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings
     from pipeline.estimate import Measured
-    from pipeline.recipe import Job
+    from pipeline.jobs import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,7 +83,7 @@ def rank_command(console: Console, **options: Any) -> None:
 def export_command(
     console: Console, *, run: Path, config: Path | None, assignments: Sequence[str], format_: str | None
 ) -> None:
-    from pipeline import recipe
+    from pipeline import jobs
     from pipeline.calllog import logged
     from pipeline.lock import locked
     from pipeline.store import RunFolder
@@ -91,20 +91,20 @@ def export_command(
     stop_on_signals()
     RunFolder(run)
     flags = {"export": {"format": format_}} if format_ else {}
-    settings = recipe.resolve(run, config, assignments, flags)
+    settings = jobs.resolve(run, config, assignments, flags)
     with locked(run), logged(run, console.report):
-        job, _ = recipe.open_job(run, settings)
-        recipe.keep_inputs(job)
+        job, _ = jobs.open_job(run, settings)
+        jobs.keep_inputs(job)
         _export(console, job)
 
 
 def _export(console: Console, job: Job) -> None:
     """Writes the datasets and prints what came out, and what was left out and why."""
-    from pipeline import recipe
+    from pipeline import jobs
     from pipeline.stages.export import export_run
 
     report = export_run(job.run, job.settings.export, tie_band=job.settings.rank.tie_band)
-    recipe.keep_inputs(job)
+    jobs.keep_inputs(job)
     splits = {name: report.prompts[name] for name in ("sft", "preference", "test")}
     console.show("split: " + ", ".join(f"{name} {count} prompts" for name, count in splits.items()))
     counts: dict[str, Any] = {"split": splits}
@@ -148,7 +148,7 @@ def _run_stages(
     export: bool = False,
     calibrate: int | None = None,
 ) -> None:
-    from pipeline import recipe
+    from pipeline import jobs, recipe
     from pipeline.calllog import logged
     from pipeline.cli import progress
     from pipeline.lock import locked
@@ -161,7 +161,7 @@ def _run_stages(
         flags["run"] = {"seed": seed}
     if calibrate and not dry_run:
         raise UsageError("--calibrate: measures for an estimate; use it with --dry-run")
-    settings = recipe.resolve(run, config, assignments, flags)
+    settings = jobs.resolve(run, config, assignments, flags)
     if dry_run:
         _dry_run(console, run, settings, names, limit, calibrate)
         return
@@ -170,11 +170,11 @@ def _run_stages(
     RunFolder.check(run, create=is_first)
     with locked(run), logged(run, console.report):
         RunFolder(run, create=is_first)
-        job, changed = recipe.open_job(run, settings, frozen=frozen)
+        job, changed = jobs.open_job(run, settings, frozen=frozen)
         for line in changed:
             console.say(f"changed since the last call: {line}")
         if is_first:
-            ingested = recipe.ingest_prompts(job, limit)
+            ingested = jobs.ingest_prompts(job, limit)
             progress.show_ingest(console, ingested)
             # A reading that brought new prompts was itself limited; they may stand behind older ones.
             limit = None if ingested and ingested.new else limit
@@ -199,11 +199,11 @@ def _dry_run(
 
     num: how many prompts to measure it on; None: guess.
     """
-    from pipeline import recipe
+    from pipeline import jobs
     from pipeline.estimate import REPLY_SHARE
 
     measured = _measure(console, run, settings, num) if num else None
-    estimate = recipe.estimate_job(run, settings, names, limit, measured)
+    estimate = jobs.estimate_job(run, settings, names, limit, measured)
     console.report["counts"] = estimate._asdict()
     of_in, of_out = "about, at 4 characters a token", f"about, at {REPLY_SHARE:.0%} of max_tokens a reply"
     if measured:

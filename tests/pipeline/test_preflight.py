@@ -11,7 +11,8 @@ import pytest
 from constitution.principles import Constitution
 from pipeline.config.settings import Settings
 from pipeline.errors import EngineRefused
-from pipeline.recipe import Job, prepare
+from pipeline.jobs import Job
+from pipeline.recipe import prepare
 from pipeline.store import RunFolder
 from tests.pipeline.lm.tiny import CHATML, tiny_llama, tiny_tokenizer
 from tests.support import Command, Server, write_prompts

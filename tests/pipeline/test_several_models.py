@@ -19,7 +19,8 @@ from constitution.principles import Constitution
 from constitution.wording import default_wording
 from pipeline.config.settings import CritiqueReviseSettings, Settings
 from pipeline.engines import transformers
-from pipeline.recipe import DATA_STAGES, Engines, Job, build_stages
+from pipeline.jobs import Job
+from pipeline.recipe import DATA_STAGES, Engines, build_stages
 from pipeline.records import Record
 from pipeline.stages.asking import Voice
 from pipeline.stages.critique_revise import CritiqueRevise, cast

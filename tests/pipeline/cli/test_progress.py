@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import recipe
+from pipeline import jobs, recipe
 from pipeline.cli import progress
 from pipeline.cli.common import Console
 from pipeline.config.settings import Settings
@@ -96,8 +96,8 @@ def test_a_log_gets_a_plain_line_now_and_then(
             "prompts": {"sources": [{"path": str(write_prompts(tmp_path / "p.jsonl", 3))}]},
         }
     )
-    job, _ = recipe.open_job(RunFolder(tmp_path / "r", create=True).path, settings)
-    recipe.ingest_prompts(job, None)
+    job, _ = jobs.open_job(RunFolder(tmp_path / "r", create=True).path, settings)
+    jobs.ingest_prompts(job, None)
     chain = recipe.prepare(job, ("generate",))
     console = Console("generate", as_json=False, quiet=False)
     asyncio.run(recipe.run_chain(chain, max_time=None, watch=progress.watcher(console)))
