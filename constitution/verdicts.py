@@ -64,6 +64,16 @@ def read_labels(logprobs: Mapping[str, float] | None, labels: Sequence[str], *, 
     return Reading({label: shares.get(label, 0.0) / mass for label in labels}, mass_read, "ok")
 
 
+def read_vote(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a sampled reply is, or None.
+
+    Its first line has to be the label and nothing else, but for brackets, quotes, asterisks, a full stop or a colon
+    around it; a label within a sentence, or in other letter case, is no vote.
+    """
+    first = text.strip().partition("\n")[0].strip(" \t\r()[]\"'*.:")
+    return first if first in labels else None
+
+
 def prefers_a(reading: Reading, *, a_first: bool) -> float | None:
     """Probability that candidate a is better, from a reading of COMPARISON_LABELS; None if it abstained.
 

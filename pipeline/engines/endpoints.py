@@ -14,24 +14,27 @@ growing intervals, for its list of models and then for one token; a token brings
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import importlib
 import random
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.engines.server_replies import excerpt, is_too_long, retry_after_s
+from pipeline.engines.server_replies import excerpt, is_about_logprobs, is_too_long, retry_after_s
 from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, Body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 
 if TYPE_CHECKING:
     from openai import APIStatusError
 
+    from pipeline.engines.label_tokens import ExactLabels
+
 CONNECT_S = 10.0
 PROBE_S = 60.0
 FIRST_PROBE_S, LONGEST_PROBE_S = 0.5, 30.0
 OUT_AFTER = 5
 NO_LIST_STATUSES = frozenset({404, 405, 501, *REQUEST_STATUSES})
+REFUSED_FIELD_STATUSES = frozenset({400, 403, 422})
 FAULTS = frozenset({"connection_lost", "server_error", "timeout"})
 """Reasons of a failed try that count towards going out."""
 
@@ -77,17 +80,20 @@ class Endpoint:
     """Requests to one address. key: sent to its origin only; "" sends none. key_variable: where it was read, for cures.
 
     in_flight, limit: requests now, and at most. is_out: not to be asked while another endpoint is in. resting: until it
-    may be asked again (monotonic seconds), as it asked for. takes_thinking: see wire.NO_THINKING.
+    may be asked again (monotonic seconds), as it asked for. takes_thinking: see wire.NO_THINKING. exact: what
+    label_tokens.py knows of it; None if labels cannot be asked for by token.
     """
 
     def __init__(self, url: str, model: str, *, key: str, key_variable: str, concurrency: int) -> None:
         self.origin = _origin(url)
+        self._tokenize_url = url.rstrip("/").removesuffix("/v1") + "/tokenize"
         self.model = model
         self.limit = Limit(concurrency)
         self.in_flight = 0
         self.is_out = False
         self.resting = 0.0
         self.takes_thinking = False
+        self.exact: ExactLabels | None = None
         self.failures = 0
         self._replied_at = 0.0
         self._raw = False
@@ -101,14 +107,13 @@ class Endpoint:
 
         # The HTTP library that openai is built on: httpx, or httpx2 since 3.0.
         http = importlib.import_module(type(openai.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0])
-        has_aiohttp = importlib.util.find_spec("aiohttp") is not None
         timeout = http.Timeout(None, connect=CONNECT_S)
         self._client = openai.AsyncOpenAI(
             base_url=url,
             api_key=self._key or "none",  # the client insists on one; `_options` keeps it from being sent
             max_retries=0,
             timeout=timeout,
-            http_client=(openai.DefaultAioHttpClient if has_aiohttp else openai.DefaultAsyncHttpxClient)(
+            http_client=openai.DefaultAioHttpClient(
                 limits=http.Limits(max_connections=concurrency + 1, max_keepalive_connections=concurrency + 1),
                 timeout=timeout,
                 follow_redirects=False,
@@ -185,6 +190,17 @@ class Endpoint:
         response = await self.send("POST", "/completions" if self._raw else "/chat/completions", body)
         return bytes(response.content)
 
+    async def tokenize(self, body: Body) -> list[int]:
+        """The tokens of a prompt or of messages, as vLLM serves them, outside of the protocol's path."""
+        response = await self.send("POST", self._tokenize_url, {"model": self.model, **body})
+        try:
+            tokens = response.json()["tokens"]
+        except (ValueError, KeyError, TypeError):
+            tokens = None
+        if not (isinstance(tokens, list) and all(isinstance(token, int) for token in tokens)):
+            raise EngineRefused(f"{self.origin}: {self._tokenize_url} gives no tokens")
+        return tokens
+
     async def send(self, method: str, path: str, body: Body | None) -> Any:
         """One HTTP exchange; the response if it is a 200, or says that there is nothing to GET."""
         try:
@@ -195,13 +211,13 @@ class Endpoint:
             if method == "GET" and error.status_code in NO_LIST_STATUSES:
                 return error.response
             # What the server wrote may repeat the key, so that its error does not go on as a cause.
-            raise self._refusal(error) from None
+            raise self._refusal(error, wants_logprobs="logprobs" in (body or {})) from None
         except self._openai.APIConnectionError as error:
             reason, cause = _lost(error)
             said = f"{self.origin}: {type(cause).__name__} {self.excerpt(str(cause))}".rstrip()
             raise TryAgain(reason, said) from error
 
-    def _refusal(self, error: APIStatusError) -> Exception:
+    def _refusal(self, error: APIStatusError, *, wants_logprobs: bool) -> Exception:
         """What a status other than 200 means: for this try, for this request, or for all."""
         status = error.status_code
         said = f"{self.origin}: {status} {self.excerpt(error.response.text)}".rstrip()
@@ -209,6 +225,8 @@ class Endpoint:
             reason = "busy" if status == 429 else "server_error"
             wait_s = retry_after_s(error.response.headers)
             return TryAgain(reason, said, wait_s, overload=status in (429, 503))
+        if wants_logprobs and status in REFUSED_FIELD_STATUSES and is_about_logprobs(error.response.text):
+            return RequestFailed("no_logprobs", said)
         if status in REQUEST_STATUSES:
             return RequestFailed("too_long" if is_too_long(error.response.text) else REQUEST_STATUSES[status], said)
         cure = "see the server's log"

@@ -10,6 +10,9 @@ Down or odd? When `DOWN_AFTER` requests in a row were given up, every endpoint i
 the requests were odd, each fails alone and the run goes on; if none, or after `HOPELESS_AFTER` in a row, the engine is
 down. A health check would not do: it may answer while the model hangs.
 
+Labels: by token where an endpoint is vLLM (label_tokens.py), else from the top list; where no endpoint gives
+log-probabilities, by votes (votes.py).
+
 endpoints.py is one endpoint, pool.py says which one a request goes to.
 """
 
@@ -29,8 +32,10 @@ import tenacity
 
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.endpoints import CONNECT_S, Endpoint, TryAgain
+from pipeline.engines.label_tokens import ExactLabels, Inexact
 from pipeline.engines.pool import Pool, chain_of
-from pipeline.engines.server_replies import BadReply, read_reply
+from pipeline.engines.server_replies import BadReply, NoLogprobs, read_reply
+from pipeline.engines.votes import ask_votes
 from pipeline.engines.wire import NO_THINKING, Body, request_body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 
@@ -40,14 +45,20 @@ DOWN_AFTER, HOPELESS_AFTER = 3, 10  # requests given up in a row, none answered 
 START_S = 60.0
 THINKING_SERVERS = ("vllm", "sglang")
 """Owners of a model, in `/models`, whose servers hand NO_THINKING to the chat template; others may refuse it."""
+BAD_REPLIES = frozenset({"bad_reply", "no_logprobs"})
+"""Reasons of a failed try that say nothing of whether the endpoint is up."""
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 20.0
 
 
 class _Call:
-    """One request on its way. spent_s: in tries and in waits between them, of its deadline; not in the queue."""
+    """One request on its way.
 
-    def __init__(self, request: Request, body: Body, priority: int) -> None:
+    is_label: a label is asked for, be it as a vote. spent_s: in tries and in waits between them, of its deadline; not
+    in the queue.
+    """
+
+    def __init__(self, request: Request, body: Body, priority: int, *, is_label: bool) -> None:
         self.request = request
         self.body = body
         self.priority = priority
@@ -55,6 +66,7 @@ class _Call:
         self.last: Endpoint | None = None
         self.spent_s = 0.0
         self.has_moved = False
+        self.is_label = is_label
 
 
 class ServerEngine:
@@ -88,6 +100,7 @@ class ServerEngine:
         self.neutralised = 0
         self._timeout_s = timeout_s
         self._given_up = 0
+        self._gives_logprobs: bool | None = None
         self._checking = asyncio.Lock()
         self._ended: EngineDown | EngineRefused | None = None
         key = _key(api_key_env)
@@ -149,7 +162,9 @@ class ServerEngine:
                 f"{endpoint.origin}: no model {self.name!r} here; nearest: {', '.join(near) or 'none served'}"
                 f"{all_of_them}"
             )
-        endpoint.takes_thinking = served[self.name].get("owned_by") in THINKING_SERVERS
+        owner = served[self.name].get("owned_by")
+        endpoint.takes_thinking = owner in THINKING_SERVERS
+        endpoint.exact = ExactLabels(endpoint) if owner == "vllm" else None
         length = served[self.name].get("max_model_len")
         if isinstance(length, int) and not self._context_is_given:
             self.context = min(length, self.context or length)
@@ -158,9 +173,33 @@ class ServerEngine:
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         """See `Engine.ask`. A request given up is RequestFailed, or EngineDown if no endpoint answers any more."""
         body, escaped = request_body(request, self.name)
-        call = _Call(request, body, priority)
-        reply = await self._ask_until_deadline(call)
+        ask = self._ask_labels if request.labels else self._call
+        reply = await ask(request, body, priority)
         self.neutralised += escaped
+        return reply
+
+    async def _ask_labels(self, request: Request, body: Body, priority: int) -> Reply:
+        """By log-probabilities, or by votes once a request has shown that there are none."""
+
+        async def vote(request: Request) -> Reply:
+            return await self._call(request, request_body(request, self.name)[0], priority, is_label=True)
+
+        if self._gives_logprobs is not False:
+            try:
+                reply = await self._call(request, body, priority, is_label=True)
+            except RequestFailed as error:
+                if error.reason != "no_logprobs":
+                    raise
+                if self._gives_logprobs:
+                    raise RequestFailed("bad_reply", error.detail, error.attempts) from None
+            else:
+                self._gives_logprobs = True
+                return reply
+            self._gives_logprobs = False
+        return await ask_votes(request, vote)
+
+    async def _call(self, request: Request, body: Body, priority: int, *, is_label: bool = False) -> Reply:
+        reply = await self._ask_until_deadline(_Call(request, body, priority, is_label=is_label))
         self._given_up = 0
         return reply
 
@@ -182,7 +221,7 @@ class ServerEngine:
             raise
         except TryAgain as error:
             tries = int(retrying.statistics.get("attempt_number", 1))
-            if error.reason != "bad_reply" and await self._is_down(error.reason):
+            if error.reason not in BAD_REPLIES and await self._is_down(error.reason):
                 self._ended = EngineDown(f"{error.detail}; given up after {tries} tries; run again when it answers")
                 raise self._ended from None
             raise RequestFailed(error.reason, error.detail, tries) from None
@@ -221,21 +260,42 @@ class ServerEngine:
         may_move = not call.has_moved and self._others_are_in(endpoint)
         try:
             async with asyncio.timeout(min(left_s, self._timeout_s / 2) if may_move else left_s):
-                raw = await self._complete(endpoint, call)
+                return await self._answer(endpoint, call)
+        except RequestFailed as error:
+            if error.reason == "no_logprobs" and self._others_are_in(endpoint):
+                raise TryAgain(error.reason, error.detail) from None
+            raise
         except TimeoutError:
             call.has_moved = True
             said = f"no whole reply from {endpoint.origin} within {self._timeout_s:g} s"
             raise TryAgain("timeout", said, overload=True) from None
-        try:
-            return read_reply(raw, call.request)
         except BadReply as error:
-            raise TryAgain("bad_reply", f"{error.what}: {endpoint.excerpt(error.raw)}") from None
+            reason = "no_logprobs" if isinstance(error, NoLogprobs) else "bad_reply"
+            raise TryAgain(reason, f"{error.what}: {endpoint.excerpt(error.raw)}") from None
+
+    async def _answer(self, endpoint: Endpoint, call: _Call) -> Reply:
+        """What an endpoint says; labels by token if it can be asked so. One that cannot is not asked so again."""
+        if call.request.labels and endpoint.exact:
+            try:
+                reply = await endpoint.exact.ask(call.request, call.body | self._switches(endpoint, call))
+                if reply:
+                    return reply
+            except Inexact as error:
+                reply = read_reply(await self._complete(endpoint, call), call.request)
+                logging.getLogger(__name__).info("%s: labels from the top list: %s", endpoint.origin, error)
+                endpoint.exact = None
+                return reply
+        return read_reply(await self._complete(endpoint, call), call.request)
+
+    def _switches(self, endpoint: Endpoint, call: _Call) -> Body:
+        return NO_THINKING if endpoint.takes_thinking and call.is_label and "messages" in call.body else {}
 
     async def _complete(self, endpoint: Endpoint, call: _Call) -> bytes:
-        if not (endpoint.takes_thinking and call.request.labels and "messages" in call.body):
+        switches = self._switches(endpoint, call)
+        if not switches:
             return await endpoint.complete(call.body)
         try:
-            return await endpoint.complete(call.body | NO_THINKING)
+            return await endpoint.complete(call.body | switches)
         except RequestFailed as error:
             if error.reason != "refused_by_server":
                 raise
@@ -281,7 +341,7 @@ def _enough(left_s: Callable[[], float]) -> Callable[[tenacity.RetryCallState], 
     bad = itertools.count(1)
 
     def stop(state: tenacity.RetryCallState) -> bool:
-        is_bad = _error(state).reason == "bad_reply"
+        is_bad = _error(state).reason in BAD_REPLIES
         if is_bad and next(bad) >= MAX_BAD_REPLIES:
             return True
         return state.attempt_number >= MAX_TRIES or state.upcoming_sleep >= left_s()

@@ -14,7 +14,6 @@ from pipeline.lm.templates import split_reasoning
 
 EXCERPT_CHARS = 200
 _FINISH_REASONS = ("stop", "length", "content_filter")
-_NO_LOGPROBS = "no log-probabilities (a judge needs a server that reports them), logprobs is"
 _TOO_LONG = (
     "context_length_exceeded",
     "exceed_context_size",
@@ -38,6 +37,13 @@ class BadReply(ValueError):
         return f"{self.what}: {excerpt(self.raw)}"
 
 
+class NoLogprobs(BadReply):
+    """A whole reply without the log-probabilities that were asked for."""
+
+    def __init__(self, logprobs: Any) -> None:
+        super().__init__("no log-probabilities, logprobs is", json.dumps(logprobs))
+
+
 def excerpt(text: str) -> str:
     """The beginning of a text on one line, for a message: what is not printable is escaped."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:EXCERPT_CHARS])
@@ -48,6 +54,11 @@ def is_too_long(message: str) -> bool:
     """Whether a 400's text is about the prompt's length; servers share no code for it."""
     lowered = message.lower()
     return any(phrase in lowered for phrase in _TOO_LONG)
+
+
+def is_about_logprobs(message: str) -> bool:
+    """Whether a refusal's text is about log-probabilities, which not every server gives."""
+    return "logprob" in message.lower()
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
@@ -74,17 +85,11 @@ def _number(text: str) -> float | None:
 
 
 def read_reply(raw: bytes, request: Request) -> Reply:
-    """The reply to `request` in a 200's body. Raises BadReply."""
-    body = _read_json(raw)
-    choices = body.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        number = len(choices) if isinstance(choices, list) else "no list of"
-        raise BadReply(f"{number} choices in place of 1", json.dumps(body))
-    choice = choices[0]
-    usage = _usage(body.get("usage"))
+    """The reply to `request` in a 200's body; labels are read from the top list. Raises BadReply."""
     if request.labels:
-        positions = _positions(choice.get("logprobs"), chat=not isinstance(request.prompt, str))
+        positions, usage = read_positions(raw, request)
         return Reply("", "labels", (), label_logprobs(request.labels, positions), "topk", usage=usage)
+    choice, usage = _read_choice(raw)
     text, reasoning = _text(choice)
     finish_reason = choice.get("finish_reason")
     if finish_reason not in _FINISH_REASONS:
@@ -92,6 +97,21 @@ def read_reply(raw: bytes, request: Request) -> Reply:
     for stop in request.stop:
         text = text.partition(stop)[0]
     return Reply(text, finish_reason, reasoning=reasoning, usage=usage)
+
+
+def read_positions(raw: bytes, request: Request) -> tuple[list[Position], Usage]:
+    """The positions of a label request's reply. Raises BadReply."""
+    choice, usage = _read_choice(raw)
+    return _positions(choice.get("logprobs"), chat=not isinstance(request.prompt, str)), usage
+
+
+def _read_choice(raw: bytes) -> tuple[dict[str, Any], Usage]:
+    body = _read_json(raw)
+    choices = body.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        number = len(choices) if isinstance(choices, list) else "no list of"
+        raise BadReply(f"{number} choices in place of 1", json.dumps(body))
+    return choices[0], _usage(body.get("usage"))
 
 
 def _read_json(raw: bytes) -> dict[str, Any]:
@@ -129,7 +149,7 @@ Position = tuple[str, dict[str, float]]
 
 
 def _positions(logprobs: Any, *, chat: bool) -> list[Position]:
-    """The reported positions of a label reply. Raises BadReply where there is none."""
+    """The reported positions of a label reply. Raises NoLogprobs where there is none."""
     try:
         if chat:
             found = [
@@ -141,9 +161,9 @@ def _positions(logprobs: Any, *, chat: bool) -> list[Position]:
             found = [(token, list(top.items())) for token, top in tops]
         positions = [(_bare(token), _probabilities(top)) for token, top in found]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise BadReply(_NO_LOGPROBS, json.dumps(logprobs)) from error
+        raise NoLogprobs(logprobs) from error
     if not positions or not positions[0][1]:
-        raise BadReply(_NO_LOGPROBS, "an empty list")
+        raise NoLogprobs(logprobs)
     return positions
 
 

@@ -20,6 +20,8 @@ from pipeline.records import Failure, Message, Prompt
 MAX_ATTEMPTS = 3
 COT_CLAMP = (0.4, 0.6)
 """After a chain of thought the labels' probabilities saturate (CAI section 4.1)."""
+METHODS = ("logprobs", "topk", "votes")
+"""How labels are read, the best first."""
 T = TypeVar("T")
 
 
@@ -108,13 +110,16 @@ def _unusable(reply: Reply) -> str:
 
 
 async def ask_labels(ask: Ask, voice: Voice, prompt: Prompt, kind: str, labels: Sequence[str]) -> tuple[Reading, str]:
-    """The probabilities of the labels as the reply, and how they were had (logprobs, topk)."""
+    """The probabilities of the labels as the reply, and how they were had (logprobs, topk, votes)."""
     reply = await _asked(ask, voice.engine, Request(prompt, kind, labels=tuple(labels)))
     return read_labels(reply.logprobs, labels), reply.method
 
 
 class Judgement(NamedTuple):
-    """A comparison of two texts under one principle. method, label_mass: how well the labels could be read."""
+    """A comparison of two texts under one principle.
+
+    method, label_mass: how well the labels could be read; of both orders the worse.
+    """
 
     comparison: Comparison
     method: str
@@ -144,7 +149,8 @@ async def compare(
             comparison = comparison._replace(p_ab=None, p_ba=comparison.p_ab)
     else:
         comparison = compare_orders(readings[True], readings[False], order=settings.order, **_bounds(settings))
-    return Judgement(comparison, answers[0][1], min(reading.label_mass for reading, _ in answers))
+    method = max((method for _, method in answers), key=METHODS.index)
+    return Judgement(comparison, method, min(reading.label_mass for reading, _ in answers))
 
 
 def _bounds(settings: RankSettings) -> dict[str, Any]:
