@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.scripted_answers import Answer, Fault, Script, alter, answer, content_key, load_script
+from pipeline.engines.votes import ask_votes
 from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, request_body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 from pipeline.records import canonical
@@ -59,6 +60,8 @@ class ScriptedEngine:
             await asyncio.sleep(said.latency_s)
         if self.context is not None and said.usage.prompt_tokens + body["max_tokens"] > self.context:
             raise RequestFailed("too_long", f"{said.usage.prompt_tokens} words and {body['max_tokens']} to come")
+        if said.fault and said.fault.kind == "no_logprobs" and request.labels:
+            return await ask_votes(request, self.ask)
         if said.fault:
             said = await _suffer(said, said.fault)
         if said.logprobs is not None:
@@ -82,9 +85,7 @@ async def _suffer(said: Answer, fault: Fault) -> Answer:
         raise RequestFailed("too_long" if too_long else REQUEST_STATUSES[fault.status], fault.message)
     if fault.kind == "status":
         raise EngineRefused(f"scripted: status {fault.status}; see the script's faults")
-    if fault.kind in ("html", "cut_json", "cut_body", "choices") or (
-        fault.kind == "no_logprobs" and said.logprobs is not None
-    ):
+    if fault.kind in ("html", "cut_json", "cut_body", "choices"):
         raise RequestFailed("bad_reply", f"scripted fault: {fault.kind}")
     said = alter(said, fault)
     if "\ud800" in said.text:

@@ -83,7 +83,8 @@ class Script(_Strict):
     """A whole script; the empty one is the default.
 
     models: served names, empty for any. owned_by: what the list of models says of them; real servers give their own
-    name there. context: longest prompt plus reply, in white-space words.
+    name there. context: longest prompt plus reply, in white-space words. token_ids: what becomes of a request for the
+    log-probabilities of given tokens; with none there is no /tokenize either.
     """
 
     models: tuple[str, ...] = ()
@@ -92,6 +93,7 @@ class Script(_Strict):
     salt: str = ""
     latency_s: Latency = 0.0
     digits: Literal["whole", "split"] = "whole"
+    token_ids: Literal["none", "read", "refused", "ignored"] = "none"
     faults: tuple[Fault, ...] = ()
     rules: tuple[Rule, ...] = ()
 
@@ -157,7 +159,10 @@ def answer(script: Script, body: Body, key: str, asked_before: int, labels: tupl
         wanted = labels or tuple(probabilities)
         logprobs = {x: math.log(probabilities[x]) for x in wanted if probabilities.get(x, 0) > 0}
         return Answer(key, "", "stop", logprobs, "", latency_s, fault, Usage(num_prompt, 1))
-    text = _fill(_choose(rule.text, salted), salted, last, body, match)
+    template = _choose(rule.text, salted)
+    if "{label}" in template:
+        match = {**match, "label": _draw_label(salted, rule.labels or _judge(salted, prompt, labels_in(last)))}
+    text = _fill(template, salted, last, body, match)
     text, finish_reason = _cut(text, body.get("max_tokens") or 0, rule.finish_reason)
     usage = Usage(num_prompt, len(text.split()))
     return Answer(key, text, finish_reason, None, rule.reasoning, latency_s, fault, usage)
@@ -234,6 +239,16 @@ def _fill(template: str, salted: str, last: str, body: Body, groups: dict[str, s
         return _words(salted) if match[1] == "words" else values.get(match[1], match[0])
 
     return re.sub(r"\{(\w+)\}", value, template)
+
+
+def _draw_label(salted: str, probabilities: dict[str, float]) -> str:
+    """A label, drawn by hash; `neither` with what is missing to 1."""
+    left = _uniform(salted, "vote")
+    for label, probability in probabilities.items():
+        left -= probability
+        if left < 0:
+            return label
+    return "neither"
 
 
 def _words(salted: str) -> str:

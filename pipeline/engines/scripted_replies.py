@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from email.utils import formatdate
 from math import exp, log
@@ -21,9 +22,14 @@ def reply_body(script: Script, path: str, body: Body, said: Answer) -> dict[str,
     text = said.text
     logprobs: dict[str, Any] | None = None
     if said.logprobs is not None:
-        wanted = body["top_logprobs"] if chat else body["logprobs"]
-        tops = [top[: max(1, int(wanted))] for top in _top_lists(script, said.logprobs, body.get("max_tokens") or 1)]
+        wanted = body.get("top_logprobs", 1) if chat else body["logprobs"]
+        taken = [token_text(number) for number in body.get("allowed_token_ids", ())]
+        tops = _top_lists(script, said.logprobs, body.get("max_tokens") or 1, *taken)
         text = "".join(top[0][0] for top in tops)
+        if "logprob_token_ids" in body and script.token_ids == "read":
+            tops = [_by_number(top, body["logprob_token_ids"]) for top in tops]
+        else:
+            tops = [top[: max(1, int(wanted))] for top in tops]
         logprobs = _chat_logprobs(tops) if chat else _text_logprobs(tops)
     choice: dict[str, Any] = {"index": 0, "finish_reason": said.finish_reason, "logprobs": logprobs}
     if chat:
@@ -49,11 +55,11 @@ def reply_body(script: Script, path: str, body: Body, said: Answer) -> dict[str,
 Top = list[tuple[str, float]]
 
 
-def _top_lists(script: Script, labels: dict[str, float], max_tokens: int) -> list[Top]:
-    """Each sampled position's tokens with log-probabilities, best first.
+def _top_lists(script: Script, labels: dict[str, float], max_tokens: int, taken: str = "") -> list[Top]:
+    """Each sampled position's tokens with log-probabilities, the best first, or before it the one to be taken.
 
     A tenth of each label's share goes to the token with a space before it, as in real vocabularies. With `digits:
-    split`, 10 is the tokens 1 and 0, and a second position follows when 1 was the best first token.
+    split`, 10 is the tokens 1 and 0, and a second position follows when 1 was the first token.
     """
     first: dict[str, float] = {}
     split = script.digits == "split"
@@ -61,13 +67,40 @@ def _top_lists(script: Script, labels: dict[str, float], max_tokens: int) -> lis
         token = label[0] if split and label.isdigit() else label
         first[token] = first.get(token, 0.0) + 0.9 * exp(logprob)
         first[" " + token] = first.get(" " + token, 0.0) + 0.1 * exp(logprob)
-    ordered = sorted(((token, log(p)) for token, p in first.items()), key=lambda item: (-item[1], item[0]))
+    ordered = sorted(
+        ((token, log(p)) for token, p in first.items()), key=lambda item: (item[0] != taken, -item[1], item[0])
+    )
     tops = [[*ordered, ("The", _TINY), ("I", _TINY - 1)]]
     if split and max_tokens > 1 and ordered and ordered[0][0] == "1" and "10" in labels:
         p_ten = exp(labels["10"] - log(exp(labels["10"]) + exp(labels.get("1", -99.0))))
         following = [("0", log(p_ten)), ("<|end|>", log(max(1 - p_ten, 1e-9)))]
         tops.append(sorted(following, key=lambda item: -item[1]))
     return tops
+
+
+def _by_number(top: Top, numbers: list[int]) -> Top:
+    """The token taken and the tokens asked for, by their numbers."""
+    logprobs = dict(top)
+    texts = dict.fromkeys([top[0][0], *map(token_text, numbers)])
+    return [(f"token_id:{token_number(text)}", logprobs.get(text, _TINY)) for text in texts]
+
+
+def token_number(token: str) -> int:
+    return int.from_bytes(token.encode())
+
+
+def token_text(number: int) -> str:
+    return number.to_bytes((number.bit_length() + 7) // 8).decode()
+
+
+def tokenize(script: Script, body: Body) -> list[int]:
+    """Yes, No, and 10 if digits are whole, are one token each; so is every other character. Its number is its bytes."""
+    text = body.get("prompt", "")
+    if "messages" in body:
+        turns = [f"{turn['role']}: {turn['content']}" for turn in body["messages"]]
+        text = "\n".join(turns if body.get("continue_final_message") else [*turns, "assistant: "])
+    tokens = re.findall(r"(?s)Yes|No|." if script.digits == "split" else r"(?s)Yes|No|10|.", text)
+    return [token_number(token) for token in tokens]
 
 
 def _chat_logprobs(tops: list[Top]) -> dict[str, Any]:

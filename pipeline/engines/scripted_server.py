@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engines.scripted_answers import Answer, Fault, Script, alter, answer, content_key
-from pipeline.engines.scripted_replies import encode, error_body, reply_body, response, retry_headers
+from pipeline.engines.scripted_replies import encode, error_body, reply_body, response, retry_headers, tokenize
 from pipeline.engines.wire import Body
 from pipeline.errors import UsageError
 
@@ -137,6 +137,9 @@ class Connection(asyncio.Protocol):
             method, path, raw, authorized = self.backlog.popleft()
             if method == "POST" and path in ("/v1/chat/completions", "/v1/completions"):
                 self._complete(path, raw, authorized=authorized)
+            elif (method, path) == ("POST", "/tokenize") and self.script.token_ids != "none":
+                self._send(200, {"tokens": tokenize(self.script, json.loads(raw))})
+                self._next()
             else:
                 self._look_up(method, path)
                 self._next()
@@ -165,6 +168,9 @@ class Connection(asyncio.Protocol):
         self.current = (number, key)
         if self.script.models and body["model"] not in self.script.models:
             self._finish(404, error_body(f"The model `{body['model']}` does not exist", "model_not_found"))
+            return
+        if "logprob_token_ids" in body and self.script.token_ids in ("none", "refused"):
+            self._finish(400, error_body("logprob_token_ids: extra fields are not permitted", "unknown_field"))
             return
         said = answer(self.script, body, key, before)
         if said.latency_s:

@@ -47,7 +47,7 @@ class VllmModel:
     async def start(self) -> None:
         """Loads the model if no other engine has. Raises EngineRefused with vLLM's reason."""
         if self.llm is None:
-            self.llm = await asyncio.to_thread(self._load)
+            await asyncio.to_thread(self._load)
 
     async def sleep(self) -> None:
         """Gives the memory of the GPUs back: weights to main memory, the cache away. On a CPU all of it goes."""
@@ -70,12 +70,13 @@ class VllmModel:
             if handler is not None:
                 await asyncio.gather(handler, return_exceptions=True)
 
-    def _load(self) -> Any:
+    def _load(self) -> None:
+        """Nothing is returned: the frames that vLLM's exceptions keep would hold the model until the interpreter ends."""
         _set_environment()
         # Ctrl-C goes to all processes of a terminal; ours decides when the engine ends. Children inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
         try:
-            return _launch(self._arguments())
+            self.llm = _launch(self._arguments())
         except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             cure = "set VLLM_LOGGING_LEVEL=INFO to see vLLM's own messages"

@@ -263,7 +263,7 @@ rules:
   - {last: 'Question 7:', faults: [{kind: html}]}
   - {last: 'Question 8:', faults: [{kind: choices}]}
   - {prompt: 'Question 9:', asks: labels, labels: {A: 0.02, B: 0.03}}
-  - {prompt: 'Question 10:', asks: labels, faults: [{kind: no_logprobs}]}
+  - {prompt: 'Question 10:', asks: labels, faults: [{kind: cut_json}]}
 """
 
 

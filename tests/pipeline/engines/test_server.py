@@ -178,14 +178,6 @@ def test_a_reply_that_breaks_the_protocol_is_retried_a_little_and_kept_as_excerp
     assert isinstance(again, Reply)
 
 
-@pytest.mark.parametrize("prompt", ["A or B", [{"role": "user", "content": "A or B"}]])
-def test_missing_log_probabilities_are_a_bad_reply(prompt: Any) -> None:
-    (failure,) = ask(faulty("B", kind="no_logprobs"), Request(prompt, "comparison", labels=("A", "B")))
-    assert isinstance(failure, RequestFailed)
-    assert failure.reason == "bad_reply"
-    assert "log-probabilities" in failure.detail
-
-
 def test_empty_reasoning_only_cut_and_filtered_are_told_apart() -> None:
     kinds = ("empty", "reasoning_only", "length", "content_filter")
     script = Script(rules=tuple(Rule(last=kind, faults=(Fault(kind=kind),)) for kind in kinds))
