@@ -175,7 +175,7 @@ def test_a_model_that_several_sections_name_is_loaded_once(tmp_path: Path, monke
     monkeypatch.setattr(transformers, "load", counting)
     settings = Settings.model_validate(
         {
-            "engine": {"model": "nano"},
+            "engine": {"model": "nano", "concurrency": 5},
             "generate": {"models": [{}, {"model": "nano"}, {"style": "few-shot"}, {"context": 256}]},
             "critic": [{"backend": "auto"}, {"context": 256}],
             "judge": {"model": "nano"},
@@ -188,4 +188,4 @@ def test_a_model_that_several_sections_name_is_loaded_once(tmp_path: Path, monke
     asyncio.run(engines.close())
     assert [stage.name for stage in stages] == list(DATA_STAGES)
     assert len(loads) == 2  # with the model's own context, and with 256 tokens
-    assert engines.concurrency == 2 * settings.engine.concurrency
+    assert engines.concurrency == 2 * 5
