@@ -174,8 +174,10 @@ def _turns(value: Any, name: str, prompt: _Prompt | None, where: str) -> list[Me
         if not is_transcript(text):
             raise UsageError(f'{where}: "{name}" is no transcript ("\\n\\nHuman: …"), and there is no "prompt"; {DOCS}')
         return transcript_turns(text)
+    if prompt.transcript and text.startswith(prompt.transcript):
+        return [turn for turn in prompt.turns if turn["role"] == "system"] + transcript_turns(text)
     if prompt.transcript:
-        text = text.removeprefix(prompt.transcript).strip()
+        text = text.strip().removeprefix("Assistant:").strip()
     return [*prompt.turns, Message(role="assistant", content=text)]
 
 
