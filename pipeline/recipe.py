@@ -87,6 +87,17 @@ def constitution_file(settings: Settings) -> Path:
     return Path(settings.constitution) if settings.constitution else default_path()
 
 
+def start_model(run: Path, settings: Settings, trainer: str, model: str | None) -> str:
+    """Where a trainer starts: `model` if given, else the run's SFT model (not for SFT itself), else the run's model."""
+    sft = run / "models" / "sft"
+    if model is None and trainer != "sft" and (sft / "config.json").exists():
+        return str(sft)
+    found = model or settings.engine.model
+    if not found or (model is None and settings.engine.base_urls):
+        raise UsageError("no model to start from: the run has none of its own; use --model MODEL (`nano` is built in)")
+    return str(nano.path()) if found == "nano" else found
+
+
 def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
     """Brings the configured sources into the run. None if there are none, but the run has prompts already."""
     specs = _specs(job.settings)

@@ -67,10 +67,11 @@ def completion_ends(model: Any, groups: Sequence[Group]) -> Tensor:
 def prepare(model: Any) -> None:
     """Has the model run packed rows if it does that right, else plain rows with the prompt repeated.
 
-    Raises EngineRefused if its head is not the plain one that training needs.
+    model: a causal language model, or one without its head (a reward model). Raises EngineRefused if what comes out is
+    not the model's own, such as logits that are scaled behind the head.
     """
     groups = _probe(model.config.get_text_config().vocab_size)
-    plain = _plain_logps(model, groups)
+    plain = _plain(model, groups)
     usual = model.config._attn_implementation
     for attention in (PACKED, usual):
         model.set_attn_implementation(attention)
@@ -158,11 +159,14 @@ def _take(tokens: Any, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _plain_logps(model: Any, groups: Sequence[Group]) -> Tensor:
-    """(M,) log-probabilities from the model's own forward pass over each prompt and completion."""
+def _plain(model: Any, groups: Sequence[Group]) -> Tensor:
+    """What `completion_logps` should find, or without a head `completion_ends`: one plain forward pass a completion."""
     found = []
     for prompt, completion in ((group.prompt, completion) for group in groups for completion in group.completions):
         row = torch.cat([prompt, completion])[None].to(model.device)
+        if model.get_output_embeddings() is None:
+            found.append(model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, -1:])
+            continue
         logps = model(input_ids=row, use_cache=False).logits[0].float().log_softmax(dim=-1)
         found.append(logps[len(prompt) - 1 : -1].gather(1, row[0, len(prompt) :, None])[:, 0])
     return torch.cat(found)
@@ -170,8 +174,9 @@ def _plain_logps(model: Any, groups: Sequence[Group]) -> Tensor:
 
 @torch.no_grad()
 def _agrees(model: Any, groups: Sequence[Group], plain: Tensor) -> bool:
+    has_head = model.get_output_embeddings() is not None
     try:
-        found = completion_logps(model, groups).tokens
+        found = completion_logps(model, groups).tokens if has_head else completion_ends(model, groups)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
-    return bool((found - plain).abs().max() <= _TOLERANCE)
+    return bool((found - plain).abs().max() <= _TOLERANCE * plain.abs().max().clamp(min=1))

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens from hidden states, without the tensors that automatic differentiation would keep.
 
-Forward and backward each touch the (M, V) logits in place. Up to CHUNK logits are kept from one to the other; where there
-are more, they are made again chunk by chunk.
+Forward and backward each touch the (M, V) logits in place. Up to CHUNK logits are kept from one to the other; where
+there are more, they are made again chunk by chunk.
 """
 
 from __future__ import annotations
