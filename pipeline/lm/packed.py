@@ -79,18 +79,18 @@ def packed_attention(
     pieces = zip(*(each.split(spans.lengths, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
     for _, completions in spans.groups:
-        prompt = next(pieces)
-        outputs.append(_attend(*prompt, scaling, sliding_window, softcap))
+        queries, *prompt = next(pieces)
+        outputs.append(_attend(queries, *prompt, scaling=scaling, window=sliding_window, softcap=softcap))
         for _ in completions:
             queries, *own = next(pieces)
             if queries.shape[2]:
-                keys, values = (torch.cat(both, dim=2) for both in zip(prompt[1:], own, strict=True))
-                outputs.append(_attend(queries, keys, values, scaling, sliding_window, softcap))
+                keys, values = (torch.cat(both, dim=2) for both in zip(prompt, own, strict=True))
+                outputs.append(_attend(queries, keys, values, scaling=scaling, window=sliding_window, softcap=softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Causal attention of the last positions of one sequence to all of them."""
     num_queries, num_keys = query.shape[2], key.shape[2]

@@ -200,9 +200,7 @@ def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
 def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
     rows_there, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if tokens > rows_there:
-        raise UsageError(
-            f"model {name}: {tokens} tokens, but embeddings for {rows_there}; give the tokenizer it goes with"
-        )
+        raise UsageError(f"model {name}: {tokens} tokens, but {rows_there} embeddings; give its own tokenizer")
 
 
 def _context(model: Any) -> int:
