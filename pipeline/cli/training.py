@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,16 +17,19 @@ from pipeline.cli.common import Console, command, run_option, settings_options
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import Settings
+    from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
     from pipeline.train.stage import Job, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 LINE_EVERY_S = 30.0
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
 
 
 def _training_options(function: F) -> F:
     for option in (
+        click.option("--dry-run", is_flag=True, help="Print rows, steps and memory, and train nothing."),
         click.option("--seed", type=int, help="The run's seed: the order of rows."),
         click.option("--name", metavar="NAME", help="Of the model's folder in the run's models/."),
         click.option(
@@ -99,45 +103,63 @@ def _train(
     out: Path | None,
     name: str | None,
     seed: int | None,
+    dry_run: bool,
 ) -> None:
     from pipeline import recipe
     from pipeline.calllog import logged
     from pipeline.lock import locked
     from pipeline.store import RunFolder
-    from pipeline.train import rows
-    from pipeline.train.stage import Job
 
     settings = recipe.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
+    if out is None:
+        RunFolder(run)
+    elif not data:
+        raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
+    from pipeline.train import rows  # and with them torch, once it is known that the call makes sense
+    from pipeline.train.stage import Job
+
+    job = Job(
+        sources=[rows.parse_source(text) for text in data] or [rows.Source(str(run))],
+        start=recipe.start_model(run, settings, trainer, model),
+        out=out or run / "models" / (name or trainer),
+        shares=settings.export.split,
+        seed=settings.run.seed,
+        device=settings.engine.device,
+        say=console.say,
+    )
+    console.say(f"start: {job.start}")
+    if dry_run:
+        _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+        return
     with ExitStack() as held:
-        made_from = {}
         if out is None:
-            RunFolder(run)
             held.enter_context(locked(run))
             held.enter_context(logged(run, console.report))
             opened, _ = recipe.open_job(run, settings)
-            made_from["constitution"] = opened.constitution.digest
-        elif not data:
-            raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
-        target = out or run / "models" / (name or trainer)
-        start = recipe.start_model(run, settings, trainer, model)
-        console.say(f"start: {start}")
+            job = replace(job, made_from={"constitution": opened.constitution.digest})
         with _stop_requests() as should_stop, _watch(console) as watch:
-            job = Job(
-                sources=[rows.parse_source(text) for text in data] or [rows.Source(str(run))],
-                start=start,
-                out=target,
-                shares=settings.export.split,
-                seed=settings.run.seed,
-                device=settings.engine.device,
-                made_from=made_from,
-                watch=watch,
-                say=console.say,
-                should_stop=should_stop,
-            )
-            report = train(job, settings)
+            report = train(replace(job, watch=watch, should_stop=should_stop), settings)
         if out is None:
             recipe.keep_inputs(opened)
         _show(console, trainer, report)
+
+
+def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
+    from pipeline.train.stage import plan
+
+    found = plan(job, settings, kind)
+    memory = found.memory
+    console.report["counts"] = {
+        **found.counts,
+        "steps": found.steps,
+        "memory": {**memory._asdict(), "total": memory.total},
+    }
+    for split, counts in found.counts.items():
+        console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    console.show(f"steps         {found.steps:>12,}")
+    for part in ("weights", "gradients", "optimizer", "activations", "total", "free"):
+        console.show(f"{part:<12}  {getattr(memory, part) / 2**20:>12,.1f}  MiB")
+    console.show(memory.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
 
 
 def _show(console: Console, trainer: str, report: Report) -> None:

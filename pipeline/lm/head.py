@@ -24,7 +24,7 @@ def token_logps(
     softcap: logits are softcap·tanh(logits / softcap), as in Gemma 2. Differentiable once, by hidden, weight and bias.
     """
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         half = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(half), weight.to(half), None if bias is None else bias.to(half)
     rows = max(1, CHUNK // len(weight))

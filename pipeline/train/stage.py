@@ -19,16 +19,17 @@ from transformers import AutoConfig
 from pipeline.config.settings import SplitSettings, TrainSettings
 from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import load
+from pipeline.lm.load import load, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
 from pipeline.train import rows
-from pipeline.train.batches import Data, tokenise
+from pipeline.train.batches import Data, steps_per_epoch, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, fit, silence_dropout
+from pipeline.train.memory import Memory, measure
 
 
 def _ignore(_: Any) -> None:
@@ -87,8 +88,8 @@ def train(
     loaded = load(job.start, dtype="float32", device=job.device, head=head)
     model = loaded.model
     _check_sizes(model, loaded.tokenizer, job.start)
-    data, tallies = read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model))
-    counts = {name: {"rows": len(each), "cut": each.num_cut, **each.left_out} for name, each in data.items()}
+    data, tallies = read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
+    counts = _counts(data)
     identity = digest(
         [trainer, settings.model_dump(mode="json"), job.seed, loaded.fingerprint]
         + [each.digest for each in data.values()]
@@ -127,6 +128,26 @@ def train(
     }
     publish(model, loaded.tokenizer, job, folder, description)
     return Report(job.out, outcome, counts, is_new=True)
+
+
+class Plan(NamedTuple):
+    """What a training would do."""
+
+    counts: dict[str, Any]
+    steps: int
+    memory: Memory
+
+
+def plan(job: Job, settings: TrainSettings, kind: Kind) -> Plan:
+    """Reads and tokenises, and loads no weights."""
+    config = AutoConfig.from_pretrained(job.start)
+    data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
+    steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
+    return Plan(_counts(data), steps, measure(job.start, data["train"], settings, job.device))
+
+
+def _counts(data: dict[str, Data]) -> dict[str, Any]:
+    return {name: {"rows": len(each), "cut": each.num_cut, **each.left_out} for name, each in data.items()}
 
 
 def read_data(
@@ -203,8 +224,8 @@ def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
         raise UsageError(f"model {name}: {tokens} tokens, but {rows_there} embeddings; give its own tokenizer")
 
 
-def _context(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+def _context(config: Any) -> int:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
 def _stored_dtype(start: str) -> torch.dtype:
