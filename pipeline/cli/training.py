@@ -108,11 +108,13 @@ def _train(
     from pipeline import recipe
     from pipeline.calllog import logged
     from pipeline.lock import locked
-    from pipeline.store import RunFolder
+    from pipeline.store import RUN_NAME, RunFolder
 
     settings = recipe.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
     if out is None:
         RunFolder(run)
+        if name and not RUN_NAME.fullmatch(name):
+            raise UsageError(f"--name {name}: use lower-case letters, digits, '.', '_', '-', at most 64")
     elif not data:
         raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
     from pipeline.train import rows  # and with them torch, once it is known that the call makes sense

@@ -99,6 +99,8 @@ def train(
     folder = _work_folder(job.out, identity, job.say)
     prepare(model)
     silence_dropout(model, settings)
+    if head == "score":
+        _keep_pad_apart(model, loaded.tokenizer)
     objective = make_objective(Opened(model, data["train"], data["test"], loaded.fingerprint))
     outcome = fit(
         model,
@@ -222,6 +224,15 @@ def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
     rows_there, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if tokens > rows_there:
         raise UsageError(f"model {name}: {tokens} tokens, but {rows_there} embeddings; give its own tokenizer")
+
+
+def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
+    """A padding token that is no end of turn: transformers reads the score at the last token that is no padding."""
+    names = ("pad_token", "unk_token", "bos_token")
+    found = [name for name in names if getattr(tokenizer, name) not in (None, tokenizer.eos_token)]
+    if found:
+        tokenizer.pad_token = getattr(tokenizer, found[0])
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _context(config: Any) -> int:

@@ -119,6 +119,20 @@ def test_a_reward_model_starts_at_ln_2_overfits_and_scores_as_transformers_reads
     assert right == 24
 
 
+def test_padding_that_is_the_end_of_a_turn_does_not_hide_it_from_a_reward_model(data: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "start")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.unk_token = tokenizer.eos_token, "<|pad|>"
+    tokenizer.save_pretrained(tmp_path / "start")
+    run_job("rm", data, tmp_path / "start", tmp_path / "rm", keys={"learning_rate": 1e-2})
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    texts = ["Yes, of course.<|im_end|>", "No.<|im_end|>"]
+    together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
+    hidden = [model.model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1] for text in texts]
+    assert torch.allclose(together, model.score(torch.stack(hidden))[:, 0], atol=1e-5)
+
+
 def test_rrhf_with_one_completion_has_the_gradient_of_sft(start: Path, data: Path) -> None:
     loaded = load(str(start))
     prepare(loaded.model)
