@@ -39,7 +39,7 @@ def read_conversation(fields: dict[str, Any], where: str, column: str | None = N
     end = len(turns)
     while end and turns[end - 1]["role"] == "assistant":
         end -= 1
-    messages, answer = _merged(turns[:end]), _merged(turns[end:])
+    messages, answer = merge_turns(turns[:end]), merge_turns(turns[end:])
     if not messages or messages[-1]["role"] != "user":
         raise UsageError(f"{where}: no user turn to answer; a prompt ends with a user turn, {DOCS}")
     if not messages[-1]["content"].strip():
@@ -53,7 +53,7 @@ def read_strings(fields: dict[str, Any], name: str, where: str) -> list[str]:
     values = [] if values is None else values
     if not isinstance(values, list):
         raise UsageError(f'{where}: "{name}" is {type(values).__name__}, not a list of texts; {DOCS}')
-    if not all(_text(value, where, name).strip() for value in values):
+    if not all(read_text(value, where, name).strip() for value in values):
         raise UsageError(f'{where}: an empty text in "{name}"; remove it')
     return values
 
@@ -62,7 +62,7 @@ def read_id(value: Any, where: str) -> str:
     """The input's id, or '' if it has none. Whole numbers become their digits."""
     if value is None:
         return ""
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, where, "id")
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else read_text(value, where, "id")
     if not text.isprintable() or not 0 < len(text.encode()) <= 256:
         raise UsageError(f'{where}: "id" needs 1 to 256 printable bytes; leave it out to have one made')
     return text
@@ -76,14 +76,13 @@ def _turns(fields: dict[str, Any], where: str, column: str | None) -> list[Messa
         found = ", ".join(map(repr, fields)) or "none"
         raise UsageError(f"{where}: {wanted}; columns found: {found}; {DOCS}")
     value = fields[name]
-    if isinstance(value, list):
-        return [_message(message, where) for message in value]
-    text = _text(value, where, name)
     if name == "instruction":
-        extra = _text(_instance(fields).get("input") or "", where, "input")
-        return [Message(role="user", content=f"{text}\n\n{extra}" if extra.strip() else text)]
-    if _is_transcript(text):
-        return _transcript(text)
+        return [read_instruction(fields, where)]
+    if isinstance(value, list):
+        return read_messages(value, where)
+    text = read_text(value, where, name)
+    if is_transcript(text):
+        return transcript_turns(text)
     if name in _TRANSCRIPT_ONLY and not column:
         raise UsageError(f'{where}: "{name}" has no "\\n\\nHuman:"; a plain prompt is "prompt", {DOCS}')
     return [Message(role="user", content=text)]
@@ -91,13 +90,13 @@ def _turns(fields: dict[str, Any], where: str, column: str | None) -> list[Messa
 
 def _completion(fields: dict[str, Any], where: str) -> list[Message]:
     """The answer beside a `prompt` or an `instruction`, as turns to be cut off again."""
-    value = fields.get("completion") or ("instruction" in fields and _instance(fields).get("output")) or []
+    value = fields.get("completion") or ("instruction" in fields and first_instance(fields).get("output")) or []
     if isinstance(value, list):
-        return [_message(message, where) for message in value]
-    return [Message(role="assistant", content=_text(value, where, "completion"))]
+        return read_messages(value, where)
+    return [Message(role="assistant", content=read_text(value, where, "completion"))]
 
 
-def _instance(fields: dict[str, Any]) -> dict[str, Any]:
+def first_instance(fields: dict[str, Any]) -> dict[str, Any]:
     """Where a seed task keeps `input` and `output`: in its first instance, or flat."""
     instances = fields.get("instances")
     if isinstance(instances, list) and instances and isinstance(instances[0], dict):
@@ -105,14 +104,16 @@ def _instance(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _is_transcript(text: str) -> bool:
+def is_transcript(text: str) -> bool:
+    """Whether a string is turns of "\\n\\nHuman:" and "\\n\\nAssistant:"."""
     first = _MARKER.match(text)
     if first is None:
         return False
     return text.startswith(("\n\n", "\r\n\r\n")) or _MARKER.search(text, first.end()) is not None
 
 
-def _transcript(text: str) -> list[Message]:
+def transcript_turns(text: str) -> list[Message]:
+    """The turns of a transcript, the white space around each removed; a text before the first marker is left out."""
     parts = _MARKER.split(text)
     return [
         Message(role=_SPEAKER[speaker], content=content.strip())
@@ -120,15 +121,27 @@ def _transcript(text: str) -> list[Message]:
     ]
 
 
+def read_messages(value: list[Any], where: str) -> list[Message]:
+    """A list of `role` and `content`; other keys are ignored."""
+    return [_message(message, where) for message in value]
+
+
+def read_instruction(fields: dict[str, Any], where: str) -> Message:
+    """`instruction`, and its `input` after a blank line if it has one."""
+    text = read_text(fields["instruction"], where, "instruction")
+    extra = read_text(first_instance(fields).get("input") or "", where, "input")
+    return Message(role="user", content=f"{text}\n\n{extra}" if extra.strip() else text)
+
+
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise UsageError(f'{where}: a message without "role" and "content"; {DOCS}')
     if message["role"] not in ROLES:
         raise UsageError(f"{where}: unknown role {message['role']!r}; the roles are {', '.join(ROLES)}")
-    return Message(role=message["role"], content=_text(message["content"], where, "content"))
+    return Message(role=message["role"], content=read_text(message["content"], where, "content"))
 
 
-def _merged(turns: list[Message]) -> list[Message]:
+def merge_turns(turns: list[Message]) -> list[Message]:
     """Turns of one role in a row become one, with a blank line between."""
     messages: list[Message] = []
     for turn in turns:
@@ -140,7 +153,8 @@ def _merged(turns: list[Message]) -> list[Message]:
     return messages
 
 
-def _text(value: Any, where: str, name: str) -> str:
+def read_text(value: Any, where: str, name: str) -> str:
+    """A text that can be stored as UTF-8 and shown."""
     if not isinstance(value, str):
         raise UsageError(f'{where}: "{name}" is {type(value).__name__}, not text; {DOCS}')
     if bad := _UNSTORABLE.search(value):

@@ -7,6 +7,7 @@
     ├── CorruptError            4   a file does not hold what was written
     ├── ResourceError           5   out of disk or memory (also an OSError)
     ├── LockedError             6   another run holds the folder
+    ├── DivergedError           7   a loss or gradient is no finite number
     ├── GateError               8   a quality gate failed
     ├── StoppedError           75   stopped early and resumable
     │   └── EngineDown         75   the endpoint is gone; what was answered is kept
@@ -46,6 +47,10 @@ class ResourceError(CaiError, OSError):
 
 class LockedError(CaiError):
     exit_code = 6
+
+
+class DivergedError(CaiError):
+    exit_code = 7
 
 
 class GateError(CaiError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from constitution.principles import Constitution, default_path
+from pipeline import nano
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import Settings
 from pipeline.errors import UsageError
@@ -72,6 +73,17 @@ def keep_inputs(job: Job) -> None:
 
 def constitution_file(settings: Settings) -> Path:
     return Path(settings.constitution) if settings.constitution else default_path()
+
+
+def start_model(run: Path, settings: Settings, trainer: str, model: str | None) -> str:
+    """Where a trainer starts: `model` if given, else the run's SFT model (not for SFT itself), else the run's model."""
+    sft = run / "models" / "sft"
+    if model is None and trainer != "sft" and (sft / "config.json").exists():
+        return str(sft)
+    found = model or settings.engine.model
+    if not found or (model is None and settings.engine.base_urls):
+        raise UsageError("no model to start from: the run has none of its own; use --model MODEL (`nano` is built in)")
+    return str(nano.path()) if found == "nano" else found
 
 
 def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:

@@ -1,4 +1,4 @@
-"""Prompts in: files and data sets of other projects, read lazily, one `Row` per conversation.
+"""Files and data sets of other projects, read lazily; and the prompts in them, one `Row` per conversation.
 
 What a row means is in conversations.py and docs/prompts.md. Duplicates are the ingest's business.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import heapq
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader
@@ -26,6 +28,8 @@ from pipeline.records import Message, digest, message_id
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".text")
+PARQUET_SUFFIX = ".parquet"
+_BATCH_ROWS = 256
 HF_KEYS = ("config", "split", "column", "revision")
 
 
@@ -87,8 +91,8 @@ def read(spec: Spec, counts: Counts | None = None) -> Iterator[Row]:
     counts.rows.setdefault(source, 0)
     if spec.limit == 0:
         return
-    column = _hf_parts(spec.path)[1].get("column") if _is_hf(spec.path) else None
-    for taken, (where, fields) in enumerate(_fields(spec.path), 1):
+    column = hf_parts(spec.path)[1].get("column") if is_hf(spec.path) else None
+    for taken, (where, fields) in enumerate(read_fields(spec.path), 1):
         row = _row(fields, where, source, spec.tags, column, counts)
         counts.rows[source] += 1
         yield row
@@ -98,9 +102,9 @@ def read(spec: Spec, counts: Counts | None = None) -> Iterator[Row]:
 
 def source_name(path: str) -> str:
     """What rows say of where they come from: a file's base name, a data set's name; no folder and no host."""
-    if not _is_hf(path):
+    if not is_hf(path):
         return Path(path).name
-    name = _hf_parts(path)[0]
+    name = hf_parts(path)[0]
     return "hf:" + (Path(name).resolve().name if Path(name).exists() else name)
 
 
@@ -111,7 +115,7 @@ def source_digest(specs: Iterable[Spec]) -> str:
     """
     parts = []
     for spec in specs:
-        contents = _hf_digest(spec.path) if _is_hf(spec.path) else _file_digest(spec.path)
+        contents = _hf_digest(spec.path) if is_hf(spec.path) else _file_digest(spec.path)
         parts.append([source_name(spec.path), list(spec.tags), spec.limit, spec.weight, contents])
     return digest(parts)
 
@@ -119,16 +123,19 @@ def source_digest(specs: Iterable[Spec]) -> str:
 # Files
 
 
-def _fields(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where a row stands (for messages) and its columns."""
-    if _is_hf(path):
+def read_fields(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where a row of a file or of `hf:…` stands (for messages), and its columns. Raises UsageError."""
+    if is_hf(path):
         yield from _hf_fields(path)
         return
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
-    if suffix not in JSON_SUFFIXES + TEXT_SUFFIXES:
-        raise UsageError(f"{path}: unknown kind of file; name it .jsonl, .jsonl.gz or .txt, {DOCS}")
+    if suffix not in (*JSON_SUFFIXES, *TEXT_SUFFIXES, PARQUET_SUFFIX):
+        raise UsageError(f"{path}: unknown kind of file; name it .jsonl, .jsonl.gz, .parquet or .txt, {DOCS}")
     with _open(path) as file:
+        if suffix == PARQUET_SUFFIX:
+            yield from _parquet_fields(path, file)
+            return
         lines = _Lines(path, gzip.GzipFile(fileobj=file) if suffixes[-1] == ".gz" else file)
         yield from _text_fields(lines) if suffix in TEXT_SUFFIXES else _json_fields(lines)
 
@@ -139,7 +146,7 @@ def _open(path: str) -> BufferedReader:
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; check the path of the prompts") from error
+        raise UsageError(f"{path}: no such file; check the path") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
@@ -194,6 +201,19 @@ def _json_fields(lines: _Lines) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UsageError(f"{lines.where}: not a JSON object ({what}); every line is one, {DOCS}") from error
 
 
+def _parquet_fields(path: str, file: BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(file).iter_batches(_BATCH_ROWS)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, fields in enumerate(rows, 1):
+            yield f"{path}:{number}", fields
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: not readable as Parquet ({' '.join(str(error).split())}); is it whole?") from error
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
@@ -206,11 +226,12 @@ def _file_digest(path: str) -> str:
 # Data sets read through `datasets`
 
 
-def _is_hf(path: str) -> bool:
+def is_hf(path: str) -> bool:
     return path.startswith("hf:")
 
 
-def _hf_parts(path: str) -> tuple[str, dict[str, str]]:
+def hf_parts(path: str) -> tuple[str, dict[str, str]]:
+    """The name and the options of `hf:NAME?…`."""
     name, _, query = path.removeprefix("hf:").partition("?")
     options = dict(parse_qsl(query))
     unknown = sorted(set(options) - set(HF_KEYS))
@@ -220,24 +241,45 @@ def _hf_parts(path: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
+def hf_splits(path: str) -> list[str]:
+    """The names of all splits of `hf:…`."""
+    from datasets import get_dataset_split_names
+
+    name, options = hf_parts(path)
+    with _hf_errors(path, "data"):
+        return list(get_dataset_split_names(name, options.get("config"), revision=_hf_revision(name, options)))
+
+
 def _hf_fields(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
+
+    name, options = hf_parts(path)
+    split = options.get("split", "train")
+    with _hf_errors(path, f"{split} split"):
+        rows = load_dataset(
+            name, options.get("config"), split=split, revision=_hf_revision(name, options), streaming=True
+        )
+        for number, fields in enumerate(rows, 1):
+            yield f"{path}:{number}", fields
+
+
+def _hf_revision(name: str, options: dict[str, str]) -> str | None:
+    return None if Path(name).exists() else options.get("revision")
+
+
+@contextmanager
+def _hf_errors(path: str, wanted: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
-    name, options = _hf_parts(path)
-    split = options.get("split", "train")
     try:
-        revision = None if Path(name).exists() else options.get("revision")
-        rows = load_dataset(name, options.get("config"), split=split, revision=revision, streaming=True)
-        for number, fields in enumerate(rows, 1):
-            yield f"hf:{name}:{number}", fields
+        yield
     except (OSError, ValueError, DatasetsError) as error:
         cause = " ".join(str(error).split())
-        raise UsageError(f"{path}: no {split} split to read ({cause}); check the name, {DOCS}") from error
+        raise UsageError(f"{path}: no {wanted} to read ({cause}); check the name, {DOCS}") from error
 
 
 def _hf_digest(path: str) -> str:
-    name, options = _hf_parts(path)
+    name, options = hf_parts(path)
     folder = Path(name)
     if not folder.exists():
         return digest([name, options])

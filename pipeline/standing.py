@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pipeline.config.load import read_file
+from pipeline.dataset_folder import read_card
 from pipeline.lock import Holder, holder
 from pipeline.recipe import DATA_STAGES
 from pipeline.stages.cards import DATASETS
-from pipeline.stages.datasets_out import read_card
 from pipeline.stages.export import identity
 from pipeline.store import Manifest, RunFolder
 

@@ -133,6 +133,61 @@ class ExportSettings(Section):
     format: Literal["messages", "text"] = "messages"
 
 
+class TrainSettings(Section):
+    """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
+
+    warmup: share of all steps. eval_every, save_every: steps; if not set, once an epoch. patience: evaluations without
+    a better one until training stops. microbatch_tokens: what goes through the model at a time.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    batch_size: Count = 32
+    epochs: Count = 1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_length: Count | None = None
+    too_long: Literal["drop", "cut"] = "drop"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    microbatch_tokens: Count = 8192
+    gradient_checkpointing: bool = False
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    patience: Count | None = None
+
+
+class TrainSftSettings(TrainSettings):
+    epochs: Count = 3
+
+
+class TrainRmSettings(TrainSettings):
+    """center_coef: weight of the term that keeps a prompt's mean score near 0."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 9e-6
+    batch_size: Count = 64
+    center_coef: Annotated[float, Field(ge=0)] = 0.01
+
+
+class TrainDpoSettings(TrainSettings):
+    """length_normalised: log-probabilities per token. label_smoothing: of the sigmoid loss."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    batch_size: Count = 64
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    length_normalised: bool = False
+
+
+class TrainRrhfSettings(TrainSettings):
+    """rrhf_weight: of the ranking term, beside the best completion's negative log-likelihood."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    epochs: Count = 3
+    rrhf_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
 class RunSettings(Section):
     """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies."""
 
@@ -159,6 +214,10 @@ class Settings(Section):
     critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
     rank: RankSettings = RankSettings()
     export: ExportSettings = ExportSettings()
+    train_sft: TrainSftSettings = TrainSftSettings()
+    train_rm: TrainRmSettings = TrainRmSettings()
+    train_dpo: TrainDpoSettings = TrainDpoSettings()
+    train_rrhf: TrainRrhfSettings = TrainRrhfSettings()
     run: RunSettings = RunSettings()
 
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:

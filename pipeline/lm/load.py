@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import cached_file, logging
 
 from pipeline.errors import EngineRefused, ResourceError
@@ -28,7 +34,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 class Loaded(NamedTuple):
-    """model: a causal language model in evaluation mode. tokenizer: with the model's chat template, if it has one.
+    """model: in evaluation mode. tokenizer: with the model's chat template, if it has one.
 
     fingerprint: digests of config, tokenizer and weights (or the hub commit), the dtype, and the tokens at which the
         generation config ends a reply; never a path.
@@ -39,9 +45,17 @@ class Loaded(NamedTuple):
     fingerprint: dict[str, str]
 
 
-def load(model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Loaded:
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    head: Literal["language", "score"] = "language",
+) -> Loaded:
     """Loads a folder or a hub name; safetensors only, no code from the model's repository.
 
+    head: score for a reward model, one number a row; a language model gets a head of zeros in place of its own.
     dtype: auto (float32 on a CPU, else what the weights are stored in), float32, bfloat16, float16.
     device: auto (CUDA, then MPS, then CPU) or a torch device. Raises EngineRefused, one line, when it cannot be.
     """
@@ -52,7 +66,10 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
     # The fused attention kernels leave out the soft cap on attention scores (Gemma 2).
     attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     options = {"dtype": kind, "use_safetensors": True, "attn_implementation": attention}
-    loaded = _open(AutoModelForCausalLM, model, revision, **options)
+    if head == "score":
+        loaded = _open_reward_model(model, revision, **options)
+    else:
+        loaded = _open(AutoModelForCausalLM, model, revision, **options)
     try:
         loaded = loaded.to(where).eval()
     except torch.OutOfMemoryError as error:
@@ -60,7 +77,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "auto", device
     identity = {
         **fingerprint(config, tokenizer, dtype=kind),
         "weights": _weights(model, config, revision),
-        "eos": json.dumps(getattr(loaded.generation_config, "eos_token_id", None)),
+        "eos": json.dumps(getattr(getattr(loaded, "generation_config", None), "eos_token_id", None)),
     }
     return Loaded(loaded, tokenizer, identity)
 
@@ -117,6 +134,18 @@ def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
         return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineRefused(_refusal(model, revision, error)) from error
+
+
+def _open_reward_model(model: str, revision: str | None, **options: Any) -> Any:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # that a language model has no score head is no news
+    try:
+        loaded = _open(AutoModelForSequenceClassification, model, revision, num_labels=1, **options)
+    finally:
+        logging.set_verbosity(level)
+    if not any("SequenceClassification" in name for name in loaded.config.architectures or ()):
+        torch.nn.init.zeros_(loaded.score.weight)
+    return loaded
 
 
 def _refusal(model: str, revision: str | None, error: Exception) -> str:

@@ -61,6 +61,7 @@ class Chat:
         self._leading = _leading_tokens(self._backend)
         self._label_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self.eos = frozenset(eos) | ({tokenizer.eos_token_id} - {None})
+        self._turn_parts: tuple[str, list[int]] | None = None
         self._takes_system = self._takes_repeats = True
         self.opens_reasoning = False
         if self.template:
@@ -81,6 +82,20 @@ class Chat:
             safe = [Message(role=m["role"], content=text) for m, text in zip(messages, contents, strict=True)]
             token_ids = self._encode(self._render(safe, reply=True, reasoning=reasoning), hidden, seam)
         return Encoded(token_ids, len(hidden))
+
+    def completion(self, text: str) -> Encoded:
+        """Tokens of a reply behind a conversation's prompt (without reasoning), to the token that ends the turn.
+
+        They never merge with the prompt's tokens. Raises EngineRefused without a template.
+        """
+        border, ending = self._turn()
+        (safe,), hidden, seam = self._hide([text])
+        before = self._backend.encode(border, add_special_tokens=False).ids
+        probe = [Message(role="user", content="x")]
+        token_ids = self._encode(border + self._lead(probe, border, "x") + safe, hidden, seam)
+        if token_ids[: len(before)] != before:
+            token_ids = before + self._encode(safe, hidden, seam)
+        return Encoded(token_ids[len(before) :] + ending, len(hidden))
 
     def labels(self, prompt: Prompt, labels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Tokens of each label at the beginning of the reply to this prompt, with the space a template puts there."""
@@ -181,6 +196,18 @@ class Chat:
         if whole[: len(before)] == before and len(whole) > len(before):
             return tuple(whole[len(before) :])
         return tuple(self._backend.encode(label, add_special_tokens=False).ids)
+
+    def _turn(self) -> tuple[str, list[int]]:
+        """What stands before a reply, and the tokens that end one: the template's, or the tokenizer's own."""
+        if not self._turn_parts:
+            probe = self._fit([Message(role="user", content="x")])
+            border = self._render(probe, reply=True, reasoning=False)
+            turn = self._render([*probe, Message(role="assistant", content="otherprobe")], reply=False)
+            tokens = self._backend.encode(turn.rpartition("otherprobe")[2], add_special_tokens=False).ids
+            end = next((n for n, token in enumerate(tokens) if token in self.eos), None)
+            ending = [self.tokenizer.eos_token_id] if end is None else tokens[: end + 1]
+            self._turn_parts = border, [token for token in ending if token is not None]
+        return self._turn_parts
 
     def _lead(self, probe: list[Message], border: str, label: str) -> str:
         """White space that the template puts before a reply."""

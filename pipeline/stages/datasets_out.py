@@ -6,7 +6,6 @@ rows give the same bytes, and no new version. A version becomes current when its
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from pipeline.errors import CorruptError
+from pipeline.dataset_folder import file_sha256, read_card, verify
 from pipeline.records import line_bytes
 from pipeline.store import io_errors, make_folder, sync_folder, write_atomic
 
@@ -98,32 +97,6 @@ class DatasetWriter:
             sync_folder(self.folder)
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The card's word on the current version: {"version", "files": {name: {"rows", "sha256"}}}; {} without a card."""
-    path = folder / "README.md"
-    if not path.exists():
-        return {}
-    with io_errors(path):
-        content = path.read_bytes()
-    try:
-        card = yaml.safe_load(content.decode().split("---\n")[1])["cai"]
-        return {"version": f"v{int(card['version'][1:]):04d}", "files": dict(card["files"])}
-    except (IndexError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise CorruptError(f"{path}: does not name a version; delete {folder} and run `cai export` again") from error
-
-
-def verify(folder: Path) -> dict[str, Path]:
-    """The current version's files by split, each whole. Raises CorruptError (4) with the file."""
-    card = read_card(folder)
-    found = {}
-    for name, entry in card.get("files", {}).items():
-        path = folder / card["version"] / name
-        if not path.is_file() or _sha256(path) != entry["sha256"]:
-            raise CorruptError(f"{path}: is not what its card says; delete {folder} and run `cai export` again")
-        found[path.stem] = path
-    return found
-
-
 def _card(version: str, files: dict[str, Any], text: str) -> bytes:
     data_files = [{"split": name.partition(".")[0], "path": f"{version}/{name}"} for name in files]
     front = {
@@ -144,11 +117,6 @@ def _clear_after(folder: Path, version: str) -> None:
     for path in folder.glob("v*"):
         if path.name > version:
             _clear(path)
-
-
-def _sha256(path: Path) -> str:
-    with io_errors(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Sorter:
@@ -217,7 +185,7 @@ def _write_parquet(path: Path, rows: Iterable[tuple[int, dict[str, Any]]], schem
                 num_rows += len(group)
         file.flush()
         os.fsync(file.fileno())
-    return {"rows": num_rows, "sha256": _sha256(path)}
+    return {"rows": num_rows, "sha256": file_sha256(path)}
 
 
 def _groups(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:

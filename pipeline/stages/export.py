@@ -7,10 +7,8 @@ counted by its reason.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config.settings import ExportSettings, HelpfulSettings, SplitSettings
+from pipeline.config.settings import ExportSettings, HelpfulSettings
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.records import Failure, Line, Message, canonical, digest, line_bytes
 from pipeline.sources import Spec, read
+from pipeline.splits import row_hash, split_of
 from pipeline.stages.cards import DATASETS, card_text, schemas
 from pipeline.stages.datasets_out import DatasetWriter, Published
 from pipeline.stages.filters import is_same, why_not
@@ -140,21 +139,6 @@ def export(
     for name, writer in writers.items():
         report.datasets[name] = writer.publish(card_text(name, settings))
     return report
-
-
-def split_of(messages: Iterable[Message], shares: SplitSettings) -> str:
-    """sft, preference or test, by a hash of the first user turn: prompts that begin alike stay together."""
-    first = next((message["content"] for message in messages if message["role"] == "user"), "")
-    normalised = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", first).casefold())
-    at = _hash("split", " ".join(normalised.split())) / 2**64
-    if at < shares.sft:
-        return "sft"
-    return "preference" if at < shares.sft + shares.preference or shares.test == 0 else "test"
-
-
-def _hash(use: str, text: str) -> int:
-    """Uniform in [0, 2**64)."""
-    return int.from_bytes(hashlib.sha256(f"{use}\0{text}".encode()).digest()[:8], "big")
 
 
 def _expected(settings: ExportSettings, has_chains: bool, has_ranked: bool) -> tuple[str, ...]:
@@ -359,11 +343,11 @@ def _add_helpful(
     wanted = {split: round(num * helpful.share / (1 - helpful.share)) for split, num in own.items()}
     hashes: dict[str, set[int]] = {"train": set(), "test": set()}
     for split, row in _helpful_rows(helpful.path, settings, losses):
-        hashes[split].add(_hash("helpful", row["id"]))
+        hashes[split].add(row_hash("helpful", row["id"]))
     chosen = {split: set(heapq.nsmallest(wanted[split], found)) for split, found in hashes.items()}
     for split, row in _helpful_rows(helpful.path, settings, None):
-        if _hash("helpful", row["id"]) in chosen[split]:
-            chosen[split].remove(_hash("helpful", row["id"]))
+        if row_hash("helpful", row["id"]) in chosen[split]:
+            chosen[split].remove(row_hash("helpful", row["id"]))
             writer.add(split, row)
             report.helpful["used"] += 1
     report.helpful["wanted"] = sum(wanted.values())

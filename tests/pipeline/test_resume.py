@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from constitution.principles import default_path
-from pipeline.stages.datasets_out import read_card, verify
+from pipeline.dataset_folder import read_card, verify
 from tests.support import Command, Server, lines, play, published, write_prompts
 
 Serve = Callable[..., Server]

@@ -147,6 +147,17 @@ def test_a_local_folder_is_read_through_datasets(tmp_path: Path) -> None:
     assert rows_of(f"hf:{chats}")[0].messages == [user("a"), assistant("b"), user("c")]
 
 
+def test_prompts_are_read_from_parquet_and_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": [f"p{n}" for n in range(600)]}), path)
+    assert [row.messages for row in rows_of(path)] == [[user(f"p{n}")] for n in range(600)]
+    path.write_bytes(path.read_bytes()[:-8])
+    assert "p.parquet: not readable as Parquet" in refusal(path)
+
+
 def test_a_missing_data_set_is_refused_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no-such-folder" in refusal("hf:./no-such-folder")

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataset_folder import read_card, verify
 from pipeline.errors import CorruptError, ResourceError, UsageError
 from pipeline.stages import datasets_out
-from pipeline.stages.datasets_out import DatasetWriter, Published, read_card, verify
+from pipeline.stages.datasets_out import DatasetWriter, Published
 
 SCHEMA = pa.schema({"id": pa.string(), "text": pa.string()})
 

@@ -1,0 +1,225 @@
+"""train-sft, train-rm, train-dpo, train-rrhf: parse, call, print."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.cli.common import Console, command, run_option, settings_options
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.train.layouts import Kind
+    from pipeline.train.loop import Progress
+    from pipeline.train.stage import Job, Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+LINE_EVERY_S = 30.0
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
+
+
+def _training_options(function: F) -> F:
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Print rows, steps and memory, and train nothing."),
+        click.option("--seed", type=int, help="The run's seed: the order of rows."),
+        click.option("--name", metavar="NAME", help="Of the model's folder in the run's models/."),
+        click.option(
+            "--out", type=click.Path(path_type=Path), metavar="DIR", help="The model's folder, without a run."
+        ),
+        click.option("--model", metavar="MODEL", help="Where training starts: `nano`, a folder or a hub name."),
+        click.option(
+            "--data", multiple=True, metavar="SOURCE[@WEIGHT]", help="Rows from elsewhere than the run; repeatable."
+        ),
+        settings_options,
+        run_option(),
+    ):
+        function = option(function)
+    return function
+
+
+@command("train-sft", help="Train a model to imitate the chosen answers.")
+@_training_options
+def train_sft_command(console: Console, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline.train.sft import train_sft
+
+        return train_sft(job, settings.train_sft)
+
+    _train(console, "sft", train, **options)
+
+
+@command("train-rm", help="Train a reward model on preferences.")
+@_training_options
+def train_rm_command(console: Console, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline.train.rm import train_rm
+
+        return train_rm(job, settings.train_rm)
+
+    _train(console, "rm", train, **options)
+
+
+@command("train-dpo", help="Train a model on preferences directly (DPO, IPO).")
+@_training_options
+def train_dpo_command(console: Console, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline.train.dpo import train_dpo
+
+        return train_dpo(job, settings.train_dpo)
+
+    _train(console, "dpo", train, **options)
+
+
+@command("train-rrhf", help="Train a model on ranked answers (RRHF).")
+@_training_options
+def train_rrhf_command(console: Console, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline.train.rrhf import train_rrhf
+
+        return train_rrhf(job, settings.train_rrhf)
+
+    _train(console, "rrhf", train, **options)
+
+
+def _train(
+    console: Console,
+    trainer: str,
+    train: Callable[[Job, Settings], Report],
+    *,
+    run: Path,
+    config: Path | None,
+    assignments: Sequence[str],
+    data: Sequence[str],
+    model: str | None,
+    out: Path | None,
+    name: str | None,
+    seed: int | None,
+    dry_run: bool,
+) -> None:
+    from pipeline import jobs
+    from pipeline.calllog import logged
+    from pipeline.lock import locked
+    from pipeline.store import RUN_NAME, RunFolder
+
+    settings = jobs.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
+    if out is None:
+        RunFolder(run)
+        if name and not RUN_NAME.fullmatch(name):
+            raise UsageError(f"--name {name}: use lower-case letters, digits, '.', '_', '-', at most 64")
+    elif not data:
+        raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
+    from pipeline.train import rows  # and with them torch, once it is known that the call makes sense
+    from pipeline.train.stage import Job
+
+    job = Job(
+        sources=[rows.parse_source(text) for text in data] or [rows.Source(str(run))],
+        start=jobs.start_model(run, settings, trainer, model),
+        out=out or run / "models" / (name or trainer),
+        shares=settings.export.split,
+        seed=settings.run.seed,
+        device=settings.engine.device,
+        say=console.say,
+    )
+    console.say(f"start: {job.start}")
+    if dry_run:
+        _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+        return
+    with ExitStack() as held:
+        if out is None:
+            held.enter_context(locked(run))
+            held.enter_context(logged(run, console.report))
+            opened, _ = jobs.open_job(run, settings)
+            job = replace(job, made_from={"constitution": opened.constitution.digest})
+        with _stop_requests() as should_stop, _watch(console) as watch:
+            report = train(replace(job, watch=watch, should_stop=should_stop), settings)
+        if out is None:
+            jobs.keep_inputs(opened)
+        _show(console, trainer, report)
+
+
+def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
+    from pipeline.train.stage import plan
+
+    found = plan(job, settings, kind)
+    memory = found.memory
+    console.report["counts"] = {
+        **found.counts,
+        "steps": found.steps,
+        "memory": {**memory._asdict(), "total": memory.total},
+    }
+    for split, counts in found.counts.items():
+        console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    console.show(f"steps         {found.steps:>12,}")
+    for part in ("weights", "gradients", "optimizer", "activations", "total", "free"):
+        console.show(f"{part:<12}  {getattr(memory, part) / 2**20:>12,.1f}  MiB")
+    console.show(memory.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
+
+
+def _show(console: Console, trainer: str, report: Report) -> None:
+    console.report["counts"][f"train-{trainer}"] = {**report.counts, "step": report.outcome.step}
+    console.report["outputs"]["model"] = str(report.folder)
+    for split, counts in report.counts.items():
+        console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    for name, value in report.outcome.metrics.items():
+        console.show(f"{name}: {value:.4f}")
+    done = "the weights after step" if report.is_new else "made from the same inputs before; the weights after step"
+    console.show(f"{report.folder}: {done} {report.outcome.step}")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, SIGUSR1 and a first Ctrl-C ask for a stop at the end of the step; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)
+    yield lambda: bool(asked)
+
+
+@contextmanager
+def _watch(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line every 30 s elsewhere."""
+    began = time.monotonic()
+    if console.quiet:
+        yield lambda progress: None
+    elif not sys.stderr.isatty():
+        last = [began]
+
+        def line(progress: Progress) -> None:
+            if time.monotonic() - last[0] >= LINE_EVERY_S:
+                last[0] = time.monotonic()
+                console.say(f"step {progress.step} of {progress.total}; {_rates(progress, last[0] - began)}")
+
+        yield line
+    else:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        with Bar(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True)) as bar:
+            task = bar.add_task("")
+
+            def draw(progress: Progress) -> None:
+                rates = _rates(progress, time.monotonic() - began)
+                bar.update(task, completed=progress.step, total=progress.total, description=rates)
+
+            yield draw
+
+
+def _rates(progress: Progress, seconds: float) -> str:
+    return f"loss {progress.line['loss']:.4f}, {progress.tokens / max(seconds, 1e-9):.0f} tokens/s"

@@ -1,0 +1,129 @@
+"""Rows -> tokens, once; and which of them make a batch.
+
+The optimiser's batch is what the user set: so many prompts, drawn without replacement in each epoch. Inside, they are
+sorted by length and packed into microbatches of so many tokens; nothing that is trained depends on that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipeline.lm.forward import Group
+from pipeline.lm.templates import Chat
+from pipeline.train.rows import Row
+
+TooLong = Literal["drop", "cut"]
+
+
+class Data:
+    """Tokenised rows in flat arrays: all tokens one after the other, and where each prompt and completion ends.
+
+    left_out: reason -> rows. num_cut: rows whose prompt lost its beginning.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.probability = array("d")
+        self.scores = array("d")
+        self._tokens = array("i")
+        self._ends = array("q", [0])  # of prompt, completion, completion, prompt, …
+        self._first = array("q", [0])  # of each row, the number of its prompt's piece
+        self.left_out: Counter[str] = Counter()
+        self.num_cut = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, row: Row, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> None:
+        for piece in (prompt, *completions):
+            self._tokens.extend(piece)
+            self._ends.append(len(self._tokens))
+        self._first.append(self._first[-1] + 1 + len(completions))
+        self.ids.append(row.id)
+        self.probability.append(row.probability)
+        self.scores.extend(row.scores or [0.0] * len(completions))
+
+    def group(self, index: int) -> Group:
+        pieces = range(self._first[index], self._first[index + 1])
+        prompt, *completions = (self._piece(number) for number in pieces)
+        return Group(prompt, tuple(completions))
+
+    def row_scores(self, index: int) -> list[float]:
+        return list(self.scores[self.completions(index).start : self.completions(index).stop])
+
+    def completions(self, index: int) -> range:
+        """Which completions of the whole data belong to a row."""
+        return range(self._first[index] - index, self._first[index + 1] - index - 1)
+
+    def num_tokens(self, index: int) -> int:
+        """What goes through the backbone for a row."""
+        return self._ends[self._first[index + 1]] - self._ends[self._first[index]]
+
+    def num_completion_tokens(self, index: int) -> int:
+        return self._ends[self._first[index + 1]] - self._ends[self._first[index] + 1]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of tokens, labels and order."""
+        total = hashlib.sha256()
+        for part in (self._tokens, self._ends, self._first, self.probability, self.scores):
+            total.update(len(part).to_bytes(8, "big") + part.tobytes())
+        return total.hexdigest()
+
+    def _piece(self, number: int) -> torch.Tensor:
+        return torch.frombuffer(self._tokens, dtype=torch.int32)[self._ends[number] : self._ends[number + 1]]
+
+
+def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooLong) -> Data:
+    """Every row as the model will see it: the prompt as it is asked, each completion to the token that ends its turn.
+
+    max_length: tokens of a prompt with its longest completion. A longer row is dropped, or its prompt loses its
+    beginning; completions stay whole. Raises EngineRefused without a chat template.
+    """
+    data = Data()
+    for row in rows:
+        prompt = chat.prompt(row.prompt, reasoning=False).token_ids
+        completions = [chat.completion(text).token_ids for text in row.completions]
+        room = max_length - max(map(len, completions))
+        if len(prompt) <= room:
+            data.add(row, prompt, completions)
+        elif too_long == "cut" and room > 0:
+            data.num_cut += 1
+            data.add(row, prompt[len(prompt) - room :], completions)
+        else:
+            data.left_out["too_long"] += 1
+    return data
+
+
+def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
+    """Row numbers of one step's batch. Every epoch has its own order; its last batch may be smaller."""
+    per_epoch = steps_per_epoch(num_rows, batch_size)
+    epoch, number = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return order[number * batch_size : (number + 1) * batch_size].tolist()
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    return -(-num_rows // batch_size)
+
+
+def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
+    """The rows in groups of at most so many tokens, longest first; a longer row is alone."""
+    held: list[int] = []
+    total = 0
+    for row in sorted(rows, key=data.num_tokens, reverse=True):
+        length = data.num_tokens(row)
+        if held and total + length > max_tokens:
+            yield held
+            held, total = [], 0
+        held.append(row)
+        total += length
+    if held:
+        yield held

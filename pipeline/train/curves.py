@@ -1,0 +1,35 @@
+"""The curves of a training as a picture: loss, and every other metric, over steps."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+_NOT_DRAWN = ("step", "epoch", "seconds")
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Reads metrics.jsonl; training and evaluation of one metric share a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        for name, value in fields.items():
+            if name not in _NOT_DRAWN:
+                split = "eval" if name.startswith("eval/") else "train"
+                curves[name.removeprefix("eval/")][split].append((fields["step"], value))
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (name, lines) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False):
+        for split, points in lines.items():
+            panel.plot(*zip(*points, strict=True), label=split, marker="o" if split == "eval" else "", linewidth=1)
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        if len(lines) > 1:
+            panel.legend(fontsize=8)
+    figure.savefig(picture, dpi=110, metadata={"Software": None})

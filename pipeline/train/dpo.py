@@ -1,0 +1,78 @@
+"""Direct preference optimisation: Rafailov et al. 2023 (arXiv 2305.18290), with soft labels, and IPO.
+
+The reference is the starting model. Its log-probabilities are computed once, before the first step, and kept by the
+content of model and data, so that epochs, sweeps and resumed trainings share them. Left out: a moving reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.settings import TrainDpoSettings
+from pipeline.lm.forward import completion_logps
+from pipeline.train.batches import Data
+from pipeline.train.loop import Terms
+from pipeline.train.losses import dpo_loss, ipo_loss
+from pipeline.train.reference import reference_logps
+from pipeline.train.stage import Job, Opened, Report, train
+
+
+class Preference:
+    """One term for each pair. references: by id of the data they belong to, (N,) summed log-probabilities."""
+
+    def __init__(self, settings: TrainDpoSettings, references: dict[int, Tensor]) -> None:
+        self.settings = settings
+        self.references = references
+
+    def num_terms(self, data: Data, row: int) -> int:
+        return 1
+
+    def __call__(self, model: Any, data: Data, rows: Sequence[int]) -> Terms:
+        logps = completion_logps(model, [data.group(row) for row in rows])
+        completions = [number for row in rows for number in data.completions(row)]
+        ref_logps = self.references[id(data)][completions].to(model.device)
+        policy_logps = logps.sums
+        if self.settings.length_normalised:
+            policy_logps, ref_logps = policy_logps / logps.lengths, ref_logps / logps.lengths
+        policy_logps, ref_logps = policy_logps.view(-1, 2), ref_logps.view(-1, 2)
+        probability = torch.tensor([data.probability[row] for row in rows], device=model.device).float()
+        return Terms(self._loss(policy_logps, ref_logps, probability), self._metrics(policy_logps, ref_logps))
+
+    def _loss(self, policy_logps: Tensor, ref_logps: Tensor, probability: Tensor) -> Tensor:
+        beta = self.settings.beta
+        if self.settings.loss == "ipo":
+            return ipo_loss(policy_logps, ref_logps, probability, beta=beta)
+        smoothing = self.settings.label_smoothing
+        return dpo_loss(policy_logps, ref_logps, probability, beta=beta, label_smoothing=smoothing)
+
+    def _metrics(self, policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
+        rewards = self.settings.beta * (policy_logps - ref_logps).detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        return {
+            "rewards/chosen": rewards[:, 0],
+            "rewards/rejected": rewards[:, 1],
+            "rewards/margin": margins,
+            "rewards/accuracy": (margins > 0).float(),
+            "logps/chosen": policy_logps[:, 0],
+            "logps/rejected": policy_logps[:, 1],
+        }
+
+
+def train_dpo(job: Job, settings: TrainDpoSettings) -> Report:
+    def make_objective(opened: Opened) -> Preference:
+        return Preference(settings, references(opened, settings, job.out.parent / ".reference"))
+
+    return train(job, settings, trainer="dpo", kind="pairs", make_objective=make_objective)
+
+
+def references(opened: Opened, settings: TrainDpoSettings, folder: Path) -> dict[int, Tensor]:
+    """The starting model's summed log-probabilities for both splits, by the data's id."""
+    return {
+        id(data): reference_logps(opened.model, opened.fingerprint, data, settings, folder)
+        for data in (opened.train, opened.test)
+    }

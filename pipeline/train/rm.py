@@ -1,0 +1,72 @@
+"""Reward model: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5 and appendix C, with soft labels.
+
+All comparisons of a prompt are one term of the loss, with one forward pass for each completion. The score is read at
+the token that ends the turn, from a head that starts at zero, so that the first loss is ln 2. Left out: dividing scores
+by their spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.settings import TrainRmSettings
+from pipeline.lm.forward import completion_ends
+from pipeline.train.batches import Data
+from pipeline.train.layouts import Kind
+from pipeline.train.loop import Terms
+from pipeline.train.losses import centering_loss, ranking_loss
+from pipeline.train.stage import Job, Report, train
+
+
+class Comparisons:
+    """One term for each prompt."""
+
+    def __init__(self, center_coef: float) -> None:
+        self.center_coef = center_coef
+
+    def num_terms(self, data: Data, row: int) -> int:
+        return 1
+
+    def __call__(self, model: Any, data: Data, rows: Sequence[int]) -> Terms:
+        groups = [data.group(row) for row in rows]
+        ends = completion_ends(model, groups)
+        scores = model.score(ends)[:, 0].float().split([len(group.completions) for group in groups])
+        losses, gaps = [], []
+        for row, own in zip(rows, scores, strict=True):
+            first, second, probability = comparisons(data, row)
+            loss = ranking_loss(own, first, second, probability.to(own.device))
+            losses.append(loss + self.center_coef * centering_loss(own))
+            gaps.append((own[first] - own[second]) * (2 * (probability > 0.5) - 1).to(own.device))
+        gap = torch.cat(gaps).detach()
+        metrics = {"scores/margin": gap, "scores/accuracy": (gap > 0).float(), "scores/mean": torch.cat(scores)}
+        return Terms(torch.stack(losses), metrics)
+
+
+def comparisons(data: Data, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which completions of a row are compared, and the probability that the first is better: (C,) each.
+
+    A pair has its own probability; of ranked completions the higher score is better, and equals are left out.
+    """
+    scores = data.row_scores(row)
+    if len(set(scores)) == 1:
+        return torch.tensor([0]), torch.tensor([1]), torch.tensor([data.probability[row]])
+    pairs = [(i, j) for i, j in combinations(range(len(scores)), 2) if scores[i] != scores[j]]
+    first, second = zip(*[(i, j) if scores[i] > scores[j] else (j, i) for i, j in pairs], strict=True)
+    return torch.tensor(first), torch.tensor(second), torch.ones(len(pairs))
+
+
+def train_rm(job: Job, settings: TrainRmSettings, kind: Kind = "pairs") -> Report:
+    """kind: pairs, or ranked."""
+    return train(
+        job,
+        settings,
+        trainer="rm",
+        kind=kind,
+        make_objective=lambda opened: Comparisons(settings.center_coef),
+        head="score",
+    )

@@ -1,0 +1,196 @@
+"""Training rows from run folders, files and data sets, in one order and one form.
+
+A source's rows come in its order, sources one after the other. Weight and split are choices by hash, row for row: a
+row is taken floor(weight) times, and once more if its hash lies in the rest, so that a larger weight keeps what a
+smaller one took. docs/datasets.md says what is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pipeline.config.settings import SplitSettings
+from pipeline.conversations import read_text
+from pipeline.dataset_folder import verify
+from pipeline.errors import IncompleteError, UsageError
+from pipeline.records import Message, digest
+from pipeline.sources import hf_parts, hf_splits, is_hf, read_fields
+from pipeline.splits import row_hash, split_of
+from pipeline.store import RunFolder
+from pipeline.train.layouts import DOCS, Example, Kind, read_example
+
+Split = Literal["train", "test"]
+Fields = Iterator[tuple[str, dict[str, Any]]]
+
+DATASETS = {"sft": "sft", "pairs": "preference", "ranked": "ranked"}
+"""Kind of rows -> the dataset of a run that holds them."""
+
+
+class Source(NamedTuple):
+    """path: a run folder, a file, a folder of files or `hf:…`. weight: how often an epoch takes a row, on average."""
+
+    path: str
+    weight: float = 1.0
+
+
+class Row(NamedTuple):
+    """One thing to learn, as layouts.Example says it.
+
+    id: the input's own, or made from prompt and completions; the same for a row that is repeated, and not always
+    another one in another source.
+    label_source: `ai`, `given` or what the input says.
+    """
+
+    id: str
+    prompt: list[Message]
+    completions: tuple[str, ...]
+    probability: float
+    scores: tuple[float, ...]
+    label_source: str
+
+
+@dataclass
+class Tally:
+    """What was read of one source. rows: in all. used: of these, given out at least once. other_split: not asked for.
+
+    left_out: why there was nothing to learn -> rows. first: why -> where the first of these rows stands.
+    """
+
+    path: str
+    rows: int = 0
+    used: int = 0
+    other_split: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"{reason} {count} (first {self.first[reason]})" for reason, count in sorted(self.left_out.items())]
+        left_out = f"; left out: {', '.join(parts)}" if parts else ""
+        return f"{self.path}: {self.used} of {self.rows} rows used, {self.other_split} in the other split{left_out}"
+
+
+def parse_source(text: str) -> Source:
+    """`PATH`, or `PATH@WEIGHT`; a path that exists as it stands has weight 1. Raises UsageError."""
+    path, at, after = text.rpartition("@")
+    try:
+        weight = float(after)
+    except ValueError:
+        return Source(text)
+    if not at or Path(text).exists():
+        return Source(text)
+    if not 0 < weight < math.inf:
+        raise UsageError(f"{text}: the weight {after} is not above 0; leave the source out, or give it another weight")
+    return Source(path, weight)
+
+
+def read(
+    sources: Iterable[Source],
+    *,
+    kind: Kind,
+    split: Split,
+    shares: SplitSettings | None = None,
+    tallies: list[Tally] | None = None,
+) -> Iterator[Row]:
+    """The rows of one split, each as often as its source's weight says; in `test` no more than once.
+
+    shares: of `export.split`; what has no split of its own is divided by the hash that export uses. tallies: takes one
+    for each source. Raises UsageError (2) for what cannot be read, IncompleteError (3) if a source has no training row.
+    """
+    for source in sources:
+        tally = Tally(source.path)
+        if tallies is not None:
+            tallies.append(tally)
+        yield from _read_source(source, kind, split, shares or SplitSettings(), tally)
+        if split == "train" and not tally.used:
+            weight = f", weight {source.weight:g}" if source.weight < 1 else ""
+            raise IncompleteError(f"{tally}{weight}; nothing to train on, {DOCS}")
+
+
+def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings, tally: Tally) -> Iterator[Row]:
+    found, is_split = _open(source.path, kind, split)
+    for where, fields in found:
+        tally.rows += 1
+        example = read_example(fields, where, kind)
+        if isinstance(example, str):
+            tally.left_out[example] += 1
+            tally.first.setdefault(example, where)
+        elif not is_split and _split(fields, example, shares) != split:
+            tally.other_split += 1
+        else:
+            row = _row(fields, example, where)
+            copies = _copies(source.weight, row.id)
+            tally.used += copies > 0
+            yield from [row] * (copies if split == "train" else min(copies, 1))
+
+
+def _row(fields: dict[str, Any], example: Example, where: str) -> Row:
+    id, label_source = fields.get("id"), fields.get("label_source")
+    return Row(
+        digest([example.prompt, example.completions])[:32] if id is None else read_text(str(id), where, "id"),
+        *example,
+        "given" if label_source is None else read_text(label_source, where, "label_source"),
+    )
+
+
+def _copies(weight: float, id: str) -> int:
+    whole = math.floor(weight)
+    return whole + (row_hash("weight", id) / 2**64 < weight - whole)
+
+
+def _split(fields: dict[str, Any], example: Example, shares: SplitSettings) -> Split:
+    """What the row's own `split` column says, else the choice by hash."""
+    own = fields.get("split")
+    if own == "train":
+        return "train"
+    if own in ("test", "validation"):
+        return "test"
+    return "test" if split_of(example.prompt, shares) == "test" else "train"
+
+
+# Where rows lie
+
+
+def _open(path: str, kind: Kind, split: Split) -> tuple[Fields, bool]:
+    """The rows of a source, and whether they are all of this split."""
+    folder = Path(path)
+    if is_hf(path):
+        return _open_hf(path, split)
+    if not folder.is_dir():
+        return read_fields(path), False
+    if (folder / "run.json").exists():
+        folder = RunFolder(folder).path / "datasets" / DATASETS[kind]
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: not there; `cai export --run {path}` makes it, if the run has such rows")
+        return _open_export(folder, split), True
+    if _is_export(folder):
+        return _open_export(folder, split), True
+    return _open_hf(f"hf:{path}", split)
+
+
+def _is_export(folder: Path) -> bool:
+    card = folder / "README.md"
+    return card.is_file() and b"\ncai:\n" in card.read_bytes()
+
+
+def _open_export(folder: Path, split: Split) -> Fields:
+    file = verify(folder).get(split)
+    return read_fields(str(file)) if file else iter(())
+
+
+def _open_hf(path: str, split: Split) -> tuple[Fields, bool]:
+    """A data set's own splits if it has both; the only one, or the one named in the path, is divided."""
+    options = hf_parts(path)[1]
+    if "column" in options:
+        raise UsageError(f"{path}: column= is for prompts; leave it out, training rows are read by column name, {DOCS}")
+    names = [] if "split" in options else hf_splits(path)
+    if names in ([], ["train"]):
+        return read_fields(path), False
+    own = {"train": "train", "test": "test" if "test" in names else "validation"}
+    if not set(own.values()) <= set(names):
+        raise UsageError(f"{path}: its splits are {', '.join(names)}; name one to be divided: split=, {DOCS}")
+    return read_fields(f"{path}{'&' if '?' in path else '?'}split={own[split]}"), True

@@ -1,0 +1,69 @@
+"""The training commands, as installed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from pipeline import nano
+from tests.pipeline.train.tiny_jobs import metrics, write_rows
+from tests.support import Command, wait_for
+
+
+def options(folder: Path, *, num: int = 24) -> list[str]:
+    rows = write_rows(folder / "rows.jsonl", num)
+    return ["--model", "nano", "--data", str(rows), "--set", "train_sft.batch_size=8"]
+
+
+def test_a_model_is_trained_on_a_file(cai: Command, tmp_path: Path) -> None:
+    done = cai("train-sft", *options(tmp_path), "--out", "models/sft", "--json", "--set", "train_sft.epochs=1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["counts"]["train-sft"]["train"]["rows"] == 24
+    assert report["outputs"]["model"] == "models/sft"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "sft")
+    assert len(metrics(tmp_path / "models" / "sft")) == 3
+
+
+def test_a_stopped_training_goes_on_where_it_was(cai: Command, tmp_path: Path) -> None:
+    call = ["train-sft", *options(tmp_path), "--out", "sft", "--set", "train_sft.epochs=300"]
+    process = cai.start(*call)
+    log = tmp_path / ".sft.training" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command goes on" in err
+    num_lines = log.read_bytes().count(b"\n")
+    assert list((tmp_path / ".sft.training" / "checkpoints").glob(f"step-{num_lines:08d}"))
+    process = cai.start(*call)
+    wait_for(lambda: log.read_bytes().count(b"\n") > num_lines)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_dry_run_prints_steps_and_memory_and_writes_nothing(cai: Command, tmp_path: Path) -> None:
+    done = cai("train-sft", *options(tmp_path), "--out", "sft", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)["counts"]
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(nano.path()).parameters())
+    assert counts["steps"] == 9
+    assert counts["memory"]["weights"] == 4 * weights
+    assert counts["memory"]["total"] > 16 * weights
+    assert not list(tmp_path.glob("*sft*"))
+
+
+def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?"}\n')
+    missing = cai("train-sft", "--model", "nano", "--data", "rows.jsonl", "--out", "sft")
+    assert missing.returncode == 2
+    assert "rows.jsonl:1" in missing.stderr
+    no_data = cai("train-sft", "--model", "nano", "--out", "sft")
+    assert (no_data.returncode, "--data" in no_data.stderr) == (2, True)
+    no_run = cai("train-dpo", "--model", "nano")
+    assert (no_run.returncode, "no run here" in no_run.stderr) == (2, True)

@@ -1,0 +1,62 @@
+"""Small trainings for tests: rows on the spot, a small random model, a few steps."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.settings import Settings
+from pipeline.train import rows
+from pipeline.train.dpo import train_dpo
+from pipeline.train.rm import train_rm
+from pipeline.train.rrhf import train_rrhf
+from pipeline.train.sft import train_sft
+from pipeline.train.stage import Job, Report
+
+TRAINERS: dict[str, Any] = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rrhf": train_rrhf}
+WORDS = ("please", "help", "me", "to", "write", "a", "letter", "about", "the", "old", "bicycle", "said", "user")
+
+
+def write_rows(path: Path, num: int = 24, *, num_test: int = 6, seed: int = 0) -> Path:
+    """Rows that all trainers can read: two or three completions of unequal length, scores, soft labels."""
+    draw = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
+
+    lines = []
+    for n in range(num + num_test):
+        completions = [f"{text()} {i}" for i in range(draw.randint(2, 3))]
+        line = {
+            "id": f"row{n}",
+            "prompt": f"{text()} {n}",
+            "completion": completions[0],
+            "chosen": completions[0],
+            "rejected": completions[1],
+            "chosen_probability": draw.choice([0.6, 0.9, 1.0]),
+            "completions": completions,
+            "scores": [float(len(completions) - i) for i in range(len(completions))],
+            "split": "train" if n < num else "test",
+        }
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def run_job(
+    trainer: str, data: Path, start: Path, out: Path, *, keys: dict[str, Any] | None = None, **job: Any
+) -> Report:
+    """Trains in this process. keys: of the trainer's section."""
+    section = f"train_{trainer}"
+    tree = {section: {"batch_size": 8, "learning_rate": 1e-3, "epochs": 1, **(keys or {})}}
+    settings = getattr(Settings.model_validate(tree), section)
+    made = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **job)
+    return TRAINERS[trainer](made, settings)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl, without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
