@@ -17,6 +17,7 @@ from pipeline.checks import GIB, TEMPLATE_CURE, Check, disk, lengths, memory, nu
 from pipeline.config.settings import EngineSettings, Settings
 from pipeline.engines import open_engine, resolve_backend
 from pipeline.engines.base import Request
+from pipeline.engines.votes import NUM_VOTES
 from pipeline.errors import CaiError, RequestFailed, UsageError
 from pipeline.jobs import constitution_file
 from pipeline.recipe import Engines
@@ -193,7 +194,7 @@ async def _ask_all(
 _CURES = {
     "requests": TEMPLATE_CURE,
     "one token": "it answers nothing; look into the server's log, or take another model",
-    "labels": "a judge has to give log-probabilities of its labels; take another one as `judge`, see docs/models.md",
+    "labels": "a judge has to answer with labels; take another one as `judge`, see docs/api-judge.md",
 }
 """What to do where one request fails; other errors say it themselves."""
 
@@ -224,6 +225,9 @@ async def _labels(name: str, voice: Voice, kind: str, prompt: Prompt) -> Check:
     detail = f"{labels[0]}…{labels[-1]} hold {reading.label_mass:.2f} of the probability ({reply.method})"
     if kind == "comparison" and reading.status == "ok":
         detail += f", B, which is the better answer, {reading.probabilities['B']:.2f} of that"
+    if reading.status == "ok" and reply.method == "votes":
+        cure = f"it gives no log-probabilities, so {NUM_VOTES} replies vote; another judge is cheaper and finer"
+        return Check(f"{name}: {kind}", "warn", detail, cure)
     if reading.status == "ok":
         return Check(f"{name}: {kind}", "ok", detail)
     cure = (

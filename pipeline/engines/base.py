@@ -52,7 +52,8 @@ class Reply(NamedTuple):
     token_ids: the sampled tokens where the engine knows them, else ().
     logprobs: label requests: natural-log probability of each label that the engine could read; a label that another one
         begins with ("1" and "10") does not count the other's share. A missing label was not among those reported.
-    method: label requests: logprobs (exact) | topk (from a server's top list) | votes (sampled).
+    method: label requests: logprobs (exact) | topk (from a server's top list) | votes (of several sampled replies, for
+        which this one stands).
     reasoning: a reasoning model's block, kept apart.
     """
 

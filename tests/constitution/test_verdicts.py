@@ -12,6 +12,7 @@ from constitution.verdicts import (
     judge_revision,
     prefers_a,
     read_labels,
+    read_vote,
     rescale,
     same_position,
 )
@@ -150,3 +151,17 @@ def test_a_grade_is_the_weighted_mean_and_rescales_to_a_reward():
     assert grade(Reading(shares, 1.0, "ok")) == pytest.approx(8.0)
     assert grade(Reading({}, 0.0, "abstain")) is None
     assert (rescale(1.0), rescale(10.0), rescale(5.5)) == (-1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("text", ["A", " A\n", "(A)", "**A**.", '"A"', "A:\nbecause B is rude", "[A]"])
+def test_a_reply_that_is_a_label_is_a_vote(text: str) -> None:
+    assert read_vote(text, AB) == "A"
+
+
+@pytest.mark.parametrize("text", ["", "a", "A or B", "Answer: A", "The answer is A.", "It is A", "AB", "\u0410"])
+def test_a_reply_that_is_more_or_less_than_a_label_is_no_vote(text: str) -> None:
+    assert read_vote(text, AB) is None
+
+
+def test_a_grade_is_read_whole() -> None:
+    assert [read_vote(text, GRADE_LABELS) for text in ("10.", "1", "11", "10/10")] == ["10", "1", None, None]

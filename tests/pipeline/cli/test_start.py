@@ -212,7 +212,8 @@ def test_doctor_asks_every_endpoint_of_a_pool_by_itself(cai: Command, serve: Ser
 
 
 def test_doctor_wants_label_probabilities_of_the_judge_alone(cai: Command, serve: Serve) -> None:
-    server = serve("models: [mute, speaks]\nrules: [{asks: labels, model: mute, faults: [{kind: no_logprobs}]}]\n")
+    script = "{asks: labels, model: mute, faults: [{kind: cut_json}]}"
+    server = serve(f"models: [mute, speaks]\nrules: [{script}]\n")
     models = ("--endpoint", server.url, "--set", "generate.models=[{model: mute}]", "--set")
     code, found = checks(cai, *models, "judge.model=speaks")
     assert (code, found["judge: comparison"][0]) == (0, "ok")
@@ -224,6 +225,16 @@ def test_doctor_wants_label_probabilities_of_the_judge_alone(cai: Command, serve
     assert len(failed) == 1
     assert failed[0].startswith("FAIL  generate.models[0]: labels: bad_reply")
     assert "take another one as `judge`" in failed[0]
+
+
+def test_doctor_warns_of_a_judge_without_log_probabilities(cai: Command, serve: Serve) -> None:
+    server = serve("rules: [{asks: labels, faults: [{kind: no_logprobs}]}, {last: A or B, text: 'B'}]\n")
+    done = cai("doctor", *server.options())
+    assert done.returncode == 0
+    (line,) = (line for line in done.stdout.splitlines() if "engine: comparison" in line)
+    # Each of the 8 replies is B: 8.5 of 9.
+    assert line.startswith("warn  engine: comparison: A…B hold 1.00 of the probability (votes), B, which is the better")
+    assert "answer, 0.94 of that; it gives no log-probabilities, so 8 replies vote" in line
 
 
 def test_doctor_looks_at_every_critic_of_a_list(cai: Command, serve: Serve) -> None:
