@@ -151,6 +151,17 @@ def test_two_healthy_endpoints_get_each_request_once_and_chains_stay_where_they_
     assert moves < 0.1 * CHAINS * (TURNS - 1)
 
 
+def test_four_endpoints_one_slow_and_none_failing_get_each_request_once_and_none_is_idle(tmp_path: Path) -> None:
+    """Every request is sent 1.0 times."""
+    nodes = [Node(Script(latency_s=0.01), tmp_path / f"{name}.jsonl") for name in "abc"]
+    nodes.append(Node(Script(latency_s=0.08), tmp_path / "slow.jsonl"))
+    assert converse_all(nodes) == expected()
+    events = history(nodes)
+    assert sum(event["event"] == "received" for event in events) == CHAINS * TURNS
+    assert {event["status"] for event in events if event["event"] == "answered"} == {200}
+    assert all(is_kept_busy(events, name) for name in ("a", "b", "c", "slow"))
+
+
 def test_four_endpoints_one_slow_one_failing_one_dying_and_returning(tmp_path: Path) -> None:
     faults = (Fault(kind="status", status=500, rate=0.15), Fault(kind="reset", rate=0.18))
     plain, _, _, dying = nodes = [
