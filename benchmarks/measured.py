@@ -38,7 +38,9 @@ class Measured(NamedTuple):
 class Timeline:
     """When which reply came, from the moment that this is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_bulk: bool = False) -> None:
+        """in_bulk: replies come many at a time, so that no steady rate can be read from them."""
+        self._in_bulk = in_bulk
         self._began = time.perf_counter()
         self._ended = 0.0
         self._replies: list[tuple[float, int]] = []
@@ -56,7 +58,8 @@ class Timeline:
         seconds = self._ended - self._began
         tokens = sum(count for _, count in self._replies)
         return Measured(
-            part, style, round_, arm, len(self._replies), tokens, seconds, tokens / seconds, self._steady_rate(),
+            part, style, round_, arm, len(self._replies), tokens, seconds, tokens / seconds,
+            0.0 if self._in_bulk else self._steady_rate(),
             self._prompt_tokens, self._cached_tokens,
         )  # fmt: skip
 
@@ -74,11 +77,12 @@ def ratio(runs: Sequence[Measured], style: str, arm: str, other: str, what: str 
 
 
 def table(runs: Sequence[Measured]) -> str:
-    """Markdown: medians of each arm, and its ratios to the pipeline's in the same rounds."""
+    """Markdown: medians of each arm, and the pipeline's ratios to it in the same rounds; round 0 is a trial."""
     lines = [
         "| style | arm | tokens/s | steady | prefix cache | pipeline ÷ arm: total | steady |",
         "|---|---|---|---|---|---|---|",
     ]
+    runs = [run for run in runs if run.round]
     for style, arm in dict.fromkeys((run.style, run.arm) for run in runs):
         found = [run for run in runs if (run.style, run.arm) == (style, arm)]
         rate, steady = (statistics.median(getattr(run, what) for run in found) for what in ("rate", "steady_rate"))

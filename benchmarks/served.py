@@ -88,65 +88,108 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-async def run_pipeline(
-    server: Server, folder: Path, prompts: Path, *, style: str, max_tokens: int, concurrency: int
-) -> tuple[Timeline, list[Sent]]:
-    """The pipeline through the server, and what it sent in that order."""
-    import openai
+class Bench:
+    """The arms on one server. folder: of the pipeline's run; concurrency: its requests in flight."""
 
-    sent: list[Sent] = []
-    post = openai.AsyncOpenAI.post
+    def __init__(
+        self,
+        server: Server,
+        prompts: Path,
+        *,
+        folder: Path,
+        max_tokens: int,
+        concurrency: int,
+        distilabel_python: str | None,
+    ) -> None:
+        self._server = server
+        self._prompts = prompts
+        self._folder = folder
+        self._max_tokens = max_tokens
+        self._concurrency = concurrency
+        self._pythons = {"gather-all": sys.executable, "distilabel": distilabel_python}
+        self._sent: list[Sent] = []
+        """By the last run of the pipeline."""
 
-    def noting(client: Any, path: str, *, body: Any = None, **rest: Any) -> Any:
-        sent.append(Sent(path, dict(body)))
-        return post(client, path, body=body, **rest)
+    async def measure(self, arm: str, style: str, round_: int) -> Measured:
+        """One run from an empty cache, with the server's own counts of tokens.
 
-    settings = EngineSettings(
-        backend="server", model=NAME, base_urls=(server.url,), api_key_env="", concurrency=concurrency, timeout_s=3600
-    )
-    engine = open_engine(settings)
-    try:
-        with patch.object(openai.AsyncOpenAI, "post", noting):
-            timeline = await run_chains(folder, prompts, Kept(engine), style=style, max_tokens=max_tokens)
-    finally:
-        await engine.close()
-    return timeline, [request for request in sent if request.path.endswith("completions")]
+        arm: pipeline, replay (of what that sent), or a peer's name and number. RuntimeError if the server made another
+        number of tokens than was to be asked for.
+        """
+        self._server.forget()
+        before = self._server.counters()
+        if arm == "pipeline":
+            run = (await self._pipeline(style)).measured("server", style, round_, arm)
+        elif arm == "replay":
+            run = (await self._replay()).measured("server", style, round_, arm)
+        else:
+            run = await asyncio.to_thread(self._peer, arm, style, round_)
+        after = self._server.counters()
+        made = {name: after[name] - before[name] for name in COUNTERS}
+        if made["generation_tokens"] != run.output_tokens:
+            raise RuntimeError(f"{arm}: {run.output_tokens} tokens wanted, {made['generation_tokens']} made")
+        return run._replace(prompt_tokens=made["prefix_cache_queries"], cached_tokens=made["prefix_cache_hits"])
 
+    async def _pipeline(self, style: str) -> Timeline:
+        import openai
 
-async def replay(server: Server, requests: list[Sent]) -> Timeline:
-    """All requests at once, by nothing but an HTTP client."""
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        timeline = Timeline()
+        post, self._sent = openai.AsyncOpenAI.post, []
 
-        async def one(request: Sent) -> None:
-            async with session.post(server.url + request.path, json=request.body) as answer:
-                answer.raise_for_status()
-                usage = (await answer.json())["usage"]
-            timeline.add(usage["prompt_tokens"], usage["completion_tokens"], 0)
+        def noting(client: Any, path: str, *, body: Any = None, **rest: Any) -> Any:
+            self._sent.append(Sent(path, dict(body)))
+            return post(client, path, body=body, **rest)
 
-        await asyncio.gather(*(one(request) for request in requests))
-        timeline.end()
-    return timeline
+        url, limit = self._server.url, self._concurrency
+        settings = EngineSettings(
+            backend="server", model=NAME, base_urls=(url,), api_key_env="", concurrency=limit, timeout_s=3600
+        )
+        engine = open_engine(settings)
+        try:
+            with patch.object(openai.AsyncOpenAI, "post", noting):
+                return await run_chains(
+                    self._folder, self._prompts, Kept(engine), style=style, max_tokens=self._max_tokens
+                )
+        finally:
+            await engine.close()
 
+    async def _replay(self) -> Timeline:
+        """All requests at once, by nothing but an HTTP client."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+            timeline = Timeline()
 
-def run_peer(
-    name: str, python: str, server: Server, prompts: Path, *, style: str, max_tokens: int, options: list[str]
-) -> dict[str, float]:
-    """What a peer's script reports. RuntimeError if a row of it is no answer."""
-    command = [python, str(PEERS / f"{name}.py"), "--base-url", server.url, "--model", NAME, "--prompts", str(prompts)]
-    command += ["--style", style, "--max-tokens", str(max_tokens), *options]
-    environment = {**os.environ, "PYTHONPATH": str(PEERS.parents[1]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    if found["answers"] != found["rows"]:
-        raise RuntimeError(f"{name}: only {found['answers']} of {found['rows']} rows are answers")
-    return found
+            async def one(request: Sent) -> None:
+                async with session.post(self._server.url + request.path, json=request.body) as answer:
+                    answer.raise_for_status()
+                    usage = (await answer.json())["usage"]
+                timeline.add(usage["prompt_tokens"], usage["completion_tokens"], 0)
 
+            await asyncio.gather(*(one(request) for request in self._sent))
+            timeline.end()
+        return timeline
 
-def add_counters(run: Measured, before: dict[str, int], after: dict[str, int]) -> Measured:
-    """The run with the server's own count of tokens. RuntimeError if it made others than the arm was to ask for."""
-    made = {name: after[name] - before[name] for name in COUNTERS}
-    if made["generation_tokens"] != run.output_tokens:
-        raise RuntimeError(f"{run.arm}: {run.output_tokens} tokens wanted, {made['generation_tokens']} made")
-    return run._replace(prompt_tokens=made["prefix_cache_queries"], cached_tokens=made["prefix_cache_hits"])
+    def _peer(self, arm: str, style: str, round_: int) -> Measured:
+        """RuntimeError if a row is no answer."""
+        name, number = arm.split()
+        script = PEERS / ("gather_all.py" if name == "gather-all" else "distilabel_chain.py")
+        option = "--limit" if name == "gather-all" else "--batch-size"
+        command = [
+            str(self._pythons[name]),
+            "-W",
+            "ignore",
+            str(script),
+            "--base-url",
+            self._server.url,
+            "--model",
+            NAME,
+        ]
+        command += ["--prompts", str(self._prompts), "--style", style, "--max-tokens", str(self._max_tokens)]
+        environment = {**os.environ, "PYTHONPATH": str(PEERS.parents[1]), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([*command, option, number], env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{arm}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        if found["answers"] != found["rows"]:
+            raise RuntimeError(f"{arm}: only {found['answers']} of {found['rows']} rows are answers")
+        tokens, seconds = found["rows"] * (3 * self._max_tokens + 2), found["seconds"]
+        return Measured("server", style, round_, arm, 5 * found["rows"], tokens, seconds, tokens / seconds, 0.0, 0, 0)

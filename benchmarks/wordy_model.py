@@ -1,4 +1,4 @@
-"""A Llama of about 30M random parameters that speaks in words and never ends a reply, for benchmarks of serving.
+"""A Llama of random weights that speaks in words and never ends a reply, for benchmarks of serving.
 
 Its head can say no control token, so every reply runs to `max_tokens`: lengths are forced for whoever asks, with no
 option for it in the pipeline, in vLLM or in a peer. The first token of a reply is A or B, which gives judgements; all
@@ -21,6 +21,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipeline import nano
 
+SHAPES: dict[str, dict[str, int]] = {
+    "30M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "num_attention_heads": 8},
+    "700M": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32},
+}
+"""By name, about the number of parameters."""
 LABELS = ("A", "B")
 BEFORE_REPLY = ("<|assistant|>", "\u010a")
 """The last token of a chat prompt and that of a few-shot text, a newline as byte-level vocabularies write it."""
@@ -30,15 +35,12 @@ NEVER, SURE = -30.0, 12.0
 """Logits of what must not be said, and of a label behind BEFORE_REPLY; those of words are about 0."""
 
 
-def build(folder: Path, *, context: int = 4096) -> int:
+def build(folder: Path, *, shape: str, context: int) -> int:
     """Writes model and tokenizer (the embedded model's) in Hugging Face format. Returns the number of parameters."""
     tokenizer = AutoTokenizer.from_pretrained(nano.path())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=10,
-        num_attention_heads=8,
+        **SHAPES[shape],
         num_key_value_heads=2,
         max_position_embeddings=context,
         tie_word_embeddings=False,

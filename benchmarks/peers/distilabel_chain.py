@@ -69,9 +69,7 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=50)
     given = options.parse_args()
     logging.disable(logging.WARNING)
-    rows = run(
-        read_rows(given.prompts), given.base_url, given.model, given.style, given.max_tokens, given.batch_size
-    )
+    rows = run(read_rows(given.prompts), given.base_url, given.model, given.style, given.max_tokens, given.batch_size)
     seconds = max(row["label_ba_ended"] for row in rows) - min(row["draft_began"] for row in rows)
     report(rows, seconds)
 

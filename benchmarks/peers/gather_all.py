@@ -21,7 +21,10 @@ async def run(rows: list[Row], url: str, model: str, style: str, max_tokens: int
         body = {"model": model, "max_tokens": max_tokens_of(turn, max_tokens), "temperature": 1.0}
         is_text = isinstance(asked, str)
         body |= {"prompt": asked} if is_text else {"messages": asked}
-        async with semaphore, session.post(url + ("/completions" if is_text else "/chat/completions"), json=body) as got:
+        async with (
+            semaphore,
+            session.post(url + ("/completions" if is_text else "/chat/completions"), json=body) as got,
+        ):
             got.raise_for_status()
             choice = (await got.json())["choices"][0]
         row[turn] = (choice["text"] if is_text else choice["message"]["content"]).strip()
