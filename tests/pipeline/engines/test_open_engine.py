@@ -1,0 +1,90 @@
+"""Which engine the settings open, and what is refused in one line. Each engine has a file beside this one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import nano
+from pipeline.config.settings import EngineSettings
+from pipeline.engines import open_engine, resolve_backend
+from pipeline.errors import EngineRefused
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(EngineRefused) as caught:
+        open_engine(EngineSettings(**settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def install_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty package by that name: whether vLLM is there is decided without an import of it."""
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_a_missing_vllm_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    said = refusal(backend="vllm", model=str(nano.path()))
+    assert "vllm is not installed; pip install 'constitutional-pipeline[vllm]'" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"backend": "vllm", "deterministic": True},
+            "engine.deterministic: vllm cannot promise it; use",
+        ),
+        ({"backend": "vllm", "device": "cuda:1"}, "engine.device: vllm takes the visible GPUs"),
+        ({"backend": "transformers", "adapter": "lora"}, "engine.adapter: the transformers backend has none"),
+        ({"backend": "transformers", "quantization": "fp8"}, "engine.quantization: the transformers backend has none"),
+        ({"backend": "server", "adapter": "lora"}, "engine.adapter: the server backend has none"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused_with_the_way_out(settings: dict[str, Any], said: str) -> None:
+    assert refusal(model=str(nano.path()), **settings).startswith(said)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_vllm(tmp_path, monkeypatch)
+    said = refusal(backend="vllm", model=str(nano.path()), adapter=str(tmp_path))
+    assert f"{tmp_path} holds no adapter_config.json; give a LoRA folder" in said
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "settings", "backend"),
+    [
+        (True, True, {}, "vllm"),
+        (False, True, {}, "transformers"),
+        (True, False, {}, "transformers"),
+        (True, True, {"deterministic": True}, "transformers"),
+        (True, True, {"device": "cuda:1"}, "transformers"),
+        (True, True, {"base_urls": ("http://127.0.0.1:9/v1",)}, "vllm"),
+        (True, True, {"base_urls": ("http://127.0.0.1:9/v1",), "model": "a/name"}, "server"),
+        (True, True, {"model": "a/name"}, "vllm"),
+        (True, True, {"model": None, "script": "replies.yaml"}, "scripted"),
+        (True, True, {"backend": "transformers"}, "transformers"),
+    ],
+)
+def test_auto_takes_vllm_for_a_model_to_be_loaded_where_it_is_and_a_gpu(
+    installed: bool,
+    gpu: bool,
+    settings: dict[str, Any],
+    backend: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if installed:
+        install_vllm(tmp_path, monkeypatch)
+    else:
+        monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert resolve_backend(EngineSettings(**{"model": str(nano.path()), **settings})) == backend
