@@ -18,6 +18,8 @@ from pipeline.records import canonical
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Of LoRA adapters, those that vLLM makes room for."""
 _GIB = 1 << 30
+_WORKER_S, _CLOSE_S = 2, 30
+"""A worker (vLLM's for CPUs hangs at its end) is killed after the first; the engine over it has time to clean up."""
 _loaded: dict[bytes, VllmModel] = {}
 
 
@@ -66,12 +68,12 @@ class VllmModel:
         if self.llm is not None:
             llm, self.llm = self.llm, None
             handler = llm.output_handler
-            await asyncio.to_thread(llm.shutdown)
+            await asyncio.to_thread(llm.shutdown, timeout=_CLOSE_S)
             if handler is not None:
                 await asyncio.gather(handler, return_exceptions=True)
 
     def _load(self) -> None:
-        """Nothing is returned: the frames that vLLM's exceptions keep would hold the model until the interpreter ends."""
+        """Returns nothing: frames that vLLM's exceptions keep would hold the model until the interpreter ends."""
         _set_environment()
         # Ctrl-C goes to all processes of a terminal; ours decides when the engine ends. Children inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
@@ -121,6 +123,7 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(_WORKER_S))
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ[tether.PARENT] = str(os.getpid())
 
