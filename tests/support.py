@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline import jobs, recipe
 from pipeline.config.settings import Settings
@@ -77,16 +78,19 @@ def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 
 class Server:
-    """`python -m pipeline.engines.scripted` with a ledger; what it received is what was really asked."""
+    """`python -m pipeline.engines.scripted` with a ledger; what it received is what was really asked.
 
-    def __init__(self, folder: Path, script: str = "") -> None:
+    url: an address of before, for one that returns; its ledger goes on.
+    """
+
+    def __init__(self, folder: Path, script: str = "", *, url: str = "") -> None:
         self.ledger = folder / "ledger.jsonl"
         options = ["--ledger", str(self.ledger)]
         if script:
             (folder / "script.yaml").write_text(script)
             options += ["--script", str(folder / "script.yaml")]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.engines.scripted", "--port", "0", *options],
+            [sys.executable, "-m", "pipeline.engines.scripted", "--port", str(urlsplit(url).port or 0), *options],
             env=environment(),
             stdout=subprocess.PIPE,
             text=True,
