@@ -22,7 +22,8 @@ from pipeline.engines.transformers import TransformersEngine
 from pipeline.engines.vllm import VllmEngine
 from tests.support import environment, kill_group, wait_for
 
-CACHE_GIB = "1"
+# Two engines at a time on few cores: vLLM would tie the threads of both to the same one.
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 T = TypeVar("T")
 
 
@@ -61,7 +62,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     command += ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", *(f"--{k}={v}" for k, v in options.items())]
     process = subprocess.Popen(
         command,
-        env=environment(VLLM_CPU_KVCACHE_SPACE=CACHE_GIB, VLLM_NO_USAGE_STATS="1"),
+        env=environment(VLLM_NO_USAGE_STATS="1"),
         stdout=(tmp_path_factory.mktemp("server") / "log").open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -72,7 +73,6 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def local(runner: asyncio.Runner, port: int) -> Iterator[Asked]:
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = CACHE_GIB
     engine = VllmEngine(str(nano.path()), concurrency=32)
     runner.run(engine.start())
     yield Asked(runner, engine)
@@ -109,3 +109,23 @@ def _answers(port: int) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Processes below this one."""
+    for child in [other for other in alive() if parent(other) == pid]:
+        yield child
+        yield from descendants(child)
+
+
+def alive() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and parent(int(path.name))]
+
+
+def parent(pid: int) -> int:
+    """0 for a process that is gone, or dead and not yet buried."""
+    try:
+        state, ppid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(ppid)

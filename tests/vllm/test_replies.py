@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from constitution.principles import Constitution, default_path
 from constitution.prompts import comparison_prompt
 from constitution.samples import sample_prompts
 from pipeline import nano
-from pipeline.engines.base import Reply, Request
+from pipeline.engines.base import Engine, Reply, Request
+from pipeline.engines.transformers import TransformersEngine
+from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import RequestFailed
 from pipeline.lm.templates import Chat
 from pipeline.records import Message, Prompt
-from tests.vllm.conftest import Asked
+from tests.vllm.conftest import Asked, descendants
 
 CLOSE = 1e-3
 LABELS = ("A", "B")
+BLOCK = 128
+"""Tokens that vLLM's CPU build keeps and finds again together."""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,12 @@ def check_greedy(model: Any, chat: Chat, requests: list[Request], texts: list[st
         if step is not None:
             apart = gap(model, chat.prompt(request.prompt).token_ids, reply.token_ids, step)
             assert apart < CLOSE, f"{text!r} and {reply.text!r} part where the top two are {apart:g} apart"
+
+
+async def together(engines: Sequence[Engine], requests: Sequence[Request]) -> list[list[Reply]]:
+    """Each engine's replies, all in flight at a time."""
+    replies = await asyncio.gather(*(engine.ask(request) for engine in engines for request in requests))
+    return [replies[first : first + len(requests)] for first in range(0, len(replies), len(requests))]
 
 
 @pytest.mark.parametrize("which", ["local", "served"])
@@ -163,12 +178,15 @@ def test_a_reply_is_cut_at_max_tokens_and_its_cost_counted(local: Asked) -> None
 
 
 def test_the_next_turn_finds_its_beginning_in_the_cache(local: Asked) -> None:
-    first = kinds()["critique"]
-    assert isinstance(first, list)
-    (said,) = local(Request(first, "critique", max_tokens=40))
-    turns = [*first, Message(role="assistant", content=said.text), Message(role="user", content="Now revise it.")]
-    (reply,) = local(Request(turns, "revision", max_tokens=4))
-    assert reply.usage.cached_tokens > said.usage.prompt_tokens * 0.7
+    no = Message(role="assistant", content="I will not help with that.")
+    turns = [turn for question in questions(40) for turn in (*question, no)][:-1]
+    (said,) = local(Request(turns, "draft", max_tokens=20))
+    turns += [Message(role="assistant", content=said.text), *questions(1)[0]]
+    (reply,) = local(Request(turns, "critique", max_tokens=4))
+    (scored,) = local(Request(turns, "comparison", labels=LABELS))
+    assert said.usage.prompt_tokens > 4 * BLOCK
+    assert reply.usage.cached_tokens > said.usage.prompt_tokens - BLOCK
+    assert scored.usage.cached_tokens > said.usage.prompt_tokens - BLOCK
 
 
 def test_a_prompt_longer_than_the_context_fails_alone(local: Asked) -> None:
@@ -194,8 +212,51 @@ def test_the_fingerprint_is_that_of_transformers_but_for_the_backend(local: Aske
     assert ours["backend"] == "vllm"
 
 
-def test_a_sleeping_engine_wakes_up(local: Asked) -> None:
-    before = local(*drafts(2))
+def test_a_model_that_slept_wakes_up_to_be_shared_by_adapters(local: Asked, tmp_path: Path) -> None:
+    """An adapter answers like the model with the adapter added to its weights; the bare model's rows run beside."""
+    requests = [*drafts(8), *(Request(prompt, "comparison", labels=LABELS) for prompt in comparisons(2))]
+    before = local(*requests)
     local.run(local.engine.sleep())  # type: ignore[attr-defined]
+    folders = [write_adapter(tmp_path / str(seed), seed) for seed in (1, 2)]
+    engines = [VllmEngine(str(nano.path()), concurrency=32, adapter=str(adapter)) for adapter, _ in folders]
     local.run(local.engine.wake())  # type: ignore[attr-defined]
-    assert [reply.text for reply in local(*drafts(2))] == [reply.text for reply in before]
+    processes = set(descendants(os.getpid()))
+    for engine in engines:
+        local.run(engine.start())
+    assert set(descendants(os.getpid())) == processes
+    base, *tuned = local.run(together([local.engine, *engines], requests))
+    for replies, (_, merged) in zip(tuned, folders, strict=True):
+        reference = TransformersEngine(str(merged), dtype="float32", device="cpu")
+        (expected,) = local.run(together([reference], requests))
+        model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+        check_greedy(model, reference.chat, requests[:8], [reply.text for reply in replies[:8]], expected[:8])
+        for reply, label in zip(replies[8:], expected[8:], strict=True):
+            assert reply.logprobs == pytest.approx(label.logprobs, abs=CLOSE)
+    assert len({tuple(reply.text for reply in replies) for replies in (base, *tuned)}) == 3
+    assert len({json.dumps(engine.fingerprint) for engine in (local.engine, *engines)}) == 3
+    for engine in engines:
+        local.run(engine.close())
+    for replies in (base, local(*requests)):
+        assert [reply.text for reply in replies] == [reply.text for reply in before]
+
+
+def write_adapter(folder: Path, seed: int, rank: int = 4, alpha: int = 8) -> tuple[Path, Path]:
+    """A random LoRA adapter for the embedded model, as peft lays it out, and the model with it in its weights."""
+    adapter, merged = folder / "adapter", folder / "merged"
+    shutil.copytree(nano.path(), merged)
+    adapter.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    chance, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            down = torch.randn(rank, module.in_features, generator=chance) / module.in_features**0.5
+            up = torch.randn(module.out_features, rank, generator=chance) / 10
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up
+            module.weight.data += alpha / rank * up @ down
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "bias": "none"}
+    settings |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "nano"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    model.save_pretrained(merged)
+    return adapter, merged

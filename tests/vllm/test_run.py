@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.support import Command, kill_group, wait_for
-from tests.vllm.conftest import CACHE_GIB
+from tests.vllm.conftest import alive, descendants
 
 
-def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(
-    cai: Command, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(cai: Command, prompts: Path) -> None:
     call = ("run", "--run", "r", "--model", "nano", "--prompts", prompts, "--set", "engine.backend=vllm", "--json")
     first = cai.start(*call)
     try:
@@ -39,26 +33,6 @@ def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(
     assert report["counts"]["work"]["replayed"] >= paid > 0
     assert "Traceback" not in second.stderr
     assert not [pid for pid in alive() if str(cai.folder) in working_folder(pid)]
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """Processes below this one."""
-    for child in [other for other in alive() if parent(other) == pid]:
-        yield child
-        yield from descendants(child)
-
-
-def alive() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and parent(int(path.name))]
-
-
-def parent(pid: int) -> int:
-    """0 for a process that is gone, or dead and not yet buried."""
-    try:
-        state, ppid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return 0
-    return 0 if state == "Z" else int(ppid)
 
 
 def working_folder(pid: int) -> str:
