@@ -102,9 +102,10 @@ class VllmModel:
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": min(total // 8, 4 * _GIB)}
         if self.adapters:
-            number = len(self.adapters)
+            # vLLM 0.32 on a CPU adds the last place's adapter to rows that have none; that place stays empty.
+            places = len(self.adapters) + (0 if torch.cuda.is_available() else 1)
             rank = max(_rank(adapter) for adapter in self.adapters)
-            arguments |= {"enable_lora": True, "max_loras": number, "max_cpu_loras": number, "max_lora_rank": rank}
+            arguments |= {"enable_lora": True, "max_loras": places, "max_cpu_loras": places, "max_lora_rank": rank}
         return arguments
 
 
