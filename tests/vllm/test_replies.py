@@ -160,6 +160,13 @@ def test_a_seed_gives_the_same_reply_in_other_company(local: Asked) -> None:
     assert local(*others, *mine)[-1].token_ids == alone.token_ids
 
 
+def test_sampled_prompts_of_more_tokens_than_one_step_computes_are_all_answered(local: Asked) -> None:
+    requests = [request for n in range(8) for request in samples(f"{n} ago, there was a house. " * 150, [n])]
+    replies = local(*requests)
+    assert sum(reply.usage.prompt_tokens for reply in replies) > 2 * 4096
+    assert all(reply.token_ids for reply in replies)
+
+
 def test_a_stop_string_ends_and_is_cut(local: Asked, reference: Asked) -> None:
     plain = local(*drafts(1))[0]
     stop = plain.text[6:9]
