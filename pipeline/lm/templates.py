@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +25,15 @@ _THINK, _THOUGHT = "<think>", "</think>"
 # Some templates write a date. Today's would change a run's prompts overnight; this is those templates' own default.
 _DATE = "26 Jul 2024"
 _BORDER = 48  # characters of a raw prompt's end that can share a token with what follows
+
+
+_KEPT_PIECES = 1024
+_ENDS, _STARTS = (
+    ("a word", "A stop.", "(a bracket)", 'a "quote"', "why?", "this:", "12", "é", "😀"),
+    ("~:~ W", "- a", "A", "1", "é", "“"),
+)
+_PARAGRAPHS = "\n\n".join(f"{start} {end}" for end in _ENDS for start in _STARTS)
+"""Paragraphs that begin and end in many ways."""
 
 
 class Encoded(NamedTuple):
@@ -59,6 +69,8 @@ class Chat:
         )
         self._normalised = any(added[n].normalized for n in self._control) and self._backend.normalizer is not None
         self._leading = _leading_tokens(self._backend)
+        self._piece = lru_cache(_KEPT_PIECES)(lambda piece: self._backend.encode(piece, add_special_tokens=False).ids)
+        self._cut = self._find_cut()
         self._label_ids: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self.eos = frozenset(eos) | ({tokenizer.eos_token_id} - {None})
         self._turn_parts: tuple[str, list[int]] | None = None
@@ -75,13 +87,26 @@ class Chat:
         """
         if isinstance(prompt, str):
             (text,), hidden, seam = self._hide([prompt])
-            token_ids = self._leading + self._encode(text, hidden, seam)
+            token_ids = self._leading + (self._encode(text, hidden, seam) if hidden else self._in_pieces(text))
         else:
             messages = self._fit(prompt)
             contents, hidden, seam = self._hide([message["content"] for message in messages])
             safe = [Message(role=m["role"], content=text) for m, text in zip(messages, contents, strict=True)]
             token_ids = self._encode(self._render(safe, reply=True, reasoning=reasoning), hidden, seam)
         return Encoded(token_ids, len(hidden))
+
+    def _in_pieces(self, text: str) -> list[int]:
+        """Tokens of raw text, of which most is worked examples that were seen before."""
+        pieces = self._cut.split(text) if self._cut else [text]
+        return [token for piece in pieces for token in self._piece(piece)]
+
+    def _find_cut(self) -> re.Pattern[str] | None:
+        """Where text is cut into pieces that have the same tokens alone: at blank lines, if that is so in a sample."""
+        for cut in (re.compile(r"(?<=\n\n)(?=\S)"), re.compile(r"(?<=\S)(?=\n\n)")):
+            pieces = [token for piece in cut.split(_PARAGRAPHS) for token in self._piece(piece)]
+            if pieces == self._backend.encode(_PARAGRAPHS, add_special_tokens=False).ids:
+                return cut
+        return None
 
     def completion(self, text: str) -> Encoded:
         """Tokens of a reply behind a conversation's prompt (without reasoning), to the token that ends the turn.

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pipeline import nano
 from pipeline.errors import EngineRefused, RequestFailed
 from pipeline.lm.templates import Chat, split_reasoning
 from pipeline.records import Message
@@ -190,3 +191,26 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None
     )
     chat = Chat(tiny_tokenizer(template=dated + CHATML))
     assert chat.tokenizer.decode(chat.prompt([user("x")]).token_ids).startswith("26 Jul 2024")
+
+
+FEW_SHOT = (
+    "~:~ Conversation\nuser: How do I\n\nmend a chair?\n\n~:~ Answer\nGlue it. (Twice.)\n\n\n ~:~ \t\n\nEnd: “é” 😀\n\n"
+)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "nano", "metaspace"])
+def test_raw_text_has_the_tokens_of_the_whole_although_its_pieces_are_kept(kind):
+    if kind == "byte-level":
+        tokenizer = tiny_tokenizer()
+    elif kind == "nano":
+        tokenizer = AutoTokenizer.from_pretrained(nano.path())
+    else:
+        backend = Tokenizer(models.BPE(unk_token="�"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")  # a space before each piece
+        backend.train_from_iterator([FEW_SHOT] * 5, trainers.BpeTrainer(vocab_size=200, special_tokens=["�"]))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="�")
+    chat = Chat(tokenizer)
+    assert (chat._cut is None) == (kind == "metaspace")
+    whole = tokenizer.backend_tokenizer.encode(FEW_SHOT, add_special_tokens=False).ids
+    for _ in range(2):
+        assert chat.prompt(FEW_SHOT).token_ids[-len(whole) :] == whole
