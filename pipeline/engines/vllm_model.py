@@ -18,8 +18,8 @@ from pipeline.records import canonical
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Of LoRA adapters, those that vLLM makes room for."""
 _GIB = 1 << 30
-_WORKER_S, _CLOSE_S = 2, 30
-"""A worker (vLLM's for CPUs hangs at its end) is killed after the first; the engine over it has time to clean up."""
+_WORKER_S, _CLOSE_S = 2, 10
+"""A worker (those on a CPU hang at their end) is told to end after the first, the engine above it killed after both."""
 _loaded: dict[bytes, VllmModel] = {}
 
 
@@ -67,10 +67,10 @@ class VllmModel:
     async def _stop(self) -> None:
         if self.llm is not None:
             llm, self.llm = self.llm, None
-            handler = llm.output_handler
+            if llm.output_handler is not None:  # else it reports that the engine is dead
+                llm.output_handler.cancel()
+                await asyncio.gather(llm.output_handler, return_exceptions=True)
             await asyncio.to_thread(llm.shutdown, timeout=_CLOSE_S)
-            if handler is not None:
-                await asyncio.gather(handler, return_exceptions=True)
 
     def _load(self) -> None:
         """Returns nothing: frames that vLLM's exceptions keep would hold the model until the interpreter ends."""
