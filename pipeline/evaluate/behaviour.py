@@ -8,6 +8,7 @@ garbled over all. Only prompts of the world are graded; elsewhere nothing is kno
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from constitution.verdicts import same_position
+from pipeline.errors import CaiError
 from pipeline.intervals import Rate, wilson
 from pipeline.nano import world
 from pipeline.records import Line, Message
@@ -104,5 +106,14 @@ def table(found: Behaviour) -> Iterator[str]:
     yield f"where one answer was better (no tie):   {found.decided}"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate.behaviour", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the run's folder")
+    try:
+        print("\n".join(table(behaviour(RunFolder(parser.parse_args().run)))))
+    except CaiError as error:
+        sys.exit(f"cai: {error}")
+
+
 if __name__ == "__main__":
-    print("\n".join(table(behaviour(RunFolder(Path(sys.argv[1]))))))
+    main()

@@ -292,6 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     options = parser.parse_args()
+    if not (options.folder / "config.json").is_file():
+        parser.error(f"{options.folder}: no config.json here; give a model's folder")
     figures = measure(options.folder, cases=options.cases, seed=options.seed)
     if options.json:
         options.json.write_text(json.dumps({k: v._asdict() for k, v in figures.items()}, indent=1) + "\n")

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from pipeline.evaluate.behaviour import behaviour, table
+from pipeline.evaluate.behaviour import behaviour, main, table
 from pipeline.nano import world
 from pipeline.store import RunFolder, StageWriter
 
@@ -71,3 +71,9 @@ def test_the_table_has_a_line_for_every_fault_and_principle(run):
     lines = list(table(behaviour(run)))
     assert [line.split()[0] for line in lines[1:5]] == ["harmful", "evasive", "rude", "garbled"]
     assert any(line.split() == ["harm-crime", "2", "0", "0", "0"] for line in lines)
+
+
+def test_a_folder_without_a_run_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["behaviour", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="none: no run here"):
+        main()
