@@ -154,11 +154,7 @@ def _run_stages(
     from pipeline.lock import locked
     from pipeline.store import RunFolder
 
-    flags = model_flags(model, endpoints, constitution)
-    if prompts:
-        flags["prompts"] = {"sources": [{"path": path} for path in prompts]}
-    if seed is not None:
-        flags["run"] = {"seed": seed}
+    flags = model_flags(model, endpoints, constitution) | _input_flags(prompts, seed)
     if calibrate and not dry_run:
         raise UsageError("--calibrate: measures for an estimate; use it with --dry-run")
     settings = jobs.resolve(run, config, assignments, flags)
@@ -190,6 +186,11 @@ def _run_stages(
         if export:
             _export(console, job)
         recipe.check_shares(job, names)
+
+
+def _input_flags(prompts: Sequence[str], seed: int | None) -> dict[str, Any]:
+    sources = {"prompts": {"sources": [{"path": path} for path in prompts]}} if prompts else {}
+    return sources | ({} if seed is None else {"run": {"seed": seed}})
 
 
 def _dry_run(
