@@ -12,12 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.errors import UsageError
 from pipeline.estimate import Call, Measured
 from pipeline.jobs import Job, constitution_file, ingest_prompts
-from pipeline.recipe import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.store import RunFolder, StageWriter
 
 

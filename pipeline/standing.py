@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pipeline.chain import DATA_STAGES
 from pipeline.config.load import read_file
 from pipeline.dataset_folder import read_card
 from pipeline.lock import Holder, holder
-from pipeline.recipe import DATA_STAGES
 from pipeline.stages.cards import DATASETS
 from pipeline.stages.export import identity
 from pipeline.store import Manifest, RunFolder

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline import jobs, recipe
+from pipeline import chain as chains
+from pipeline import jobs
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.journal import Journal
@@ -144,25 +145,25 @@ def write_prompts(path: Path, num: int, first: int = 0) -> Path:
 def play(
     run: Path,
     tree: dict[str, Any],
-    names: tuple[str, ...] = recipe.DATA_STAGES,
+    names: tuple[str, ...] = chains.DATA_STAGES,
     *,
     limit: int | None = None,
     export: bool = True,
-) -> recipe.Chain:
+) -> chains.Chain:
     """What `cai run` does, in this process. tree: settings by section; the engine is the scripted one."""
     settings = Settings.model_validate({**tree, "engine": {"backend": "scripted", **tree.get("engine", {})}})
     RunFolder(run, create=True)
     job, _ = jobs.open_job(run, settings)
     if settings.prompts.sources:
         jobs.ingest_prompts(job, limit)
-    chain = recipe.prepare(job, names, limit=limit)
-    asyncio.run(recipe.run_chain(chain, max_time=None, watch=_silent))
+    chain = chains.prepare(job, names, limit=limit)
+    asyncio.run(chains.run_chain(chain, max_time=None, watch=_silent))
     if export:
         export_run(job.run, settings.export, tie_band=settings.rank.tie_band)
     return chain
 
 
-async def _silent(chain: recipe.Chain) -> None:
+async def _silent(chain: chains.Chain) -> None:
     await asyncio.Event().wait()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.jobs import Job as JobOfRun
     from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
     from pipeline.train.stage import Job, Report
@@ -144,6 +146,37 @@ def _train(
         if out is None:
             jobs.keep_inputs(opened)
         _show(console, trainer, report)
+
+
+def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: Callable[[], bool]) -> None:
+    """A training of `cai run`, from the run's datasets and where the trainer's own command starts.
+
+    is_late: asked after every step; the training stops then and can be resumed.
+    """
+    from pipeline import jobs
+    from pipeline.lm.load import release_memory
+    from pipeline.train import rows
+    from pipeline.train.stage import Job
+
+    run, settings = opened.run.path, opened.settings
+    job = Job(
+        sources=[rows.Source(str(run))],
+        start=jobs.start_model(run, settings, trainer, None),
+        out=run / "models" / trainer,
+        shares=settings.export.split,
+        seed=settings.run.seed,
+        device=settings.engine.device,
+        made_from={"constitution": opened.constitution.digest},
+        say=console.say,
+    )
+    console.say(f"train-{trainer}: start: {job.start}")
+    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
+    with _stop_requests() as should_stop, _watch(console) as watch:
+        job = replace(job, watch=watch, should_stop=lambda: should_stop() or is_late())
+        report = train(job, getattr(settings, f"train_{trainer}"))
+    _show(console, trainer, report)
+    console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
+    release_memory()
 
 
 def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
