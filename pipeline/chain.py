@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pipeline.driver import Driver, Stage
 from pipeline.engines.base import Reply, Request
 from pipeline.errors import IncompleteError, UsageError
-from pipeline.jobs import Job, is_trained_on, keep_inputs, policy, reply_tokens
+from pipeline.jobs import Job, is_trained_on, keep_inputs, made_from, policy, reply_tokens
 from pipeline.journal import Journal, OnReply
 from pipeline.records import Line, digest
 from pipeline.stages import critique_revise, generate, rank
@@ -57,7 +57,10 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
     ) -> None:
         before = {stage: upstream[stage] for stage in DATA_STAGES[: DATA_STAGES.index(name)] if stage in upstream}
         upstream[name] = digest([name, seed, before, *depends])
-        stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
+        writer = StageWriter(job.run, name, upstream[name])
+        if job.run.phase == 2 and name == "generate":
+            writer.extra["made_from"] = made_from(job.run, "models/sft")
+        stages.append(Stage(name, run, writer, needs, tally))
 
     if "generate" in names:
         voices = _drafters(job, engines)

@@ -14,6 +14,7 @@ from constitution.principles import Constitution, default_path
 from pipeline import nano
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings, SplitSettings
+from pipeline.dataset_folder import read_card
 from pipeline.engines import resolve_backend
 from pipeline.errors import UsageError
 from pipeline.estimate import Estimate, Measured, estimate, num_steps
@@ -21,7 +22,7 @@ from pipeline.records import Line, Message
 from pipeline.sources import Spec, mix
 from pipeline.splits import split_of
 from pipeline.stages.ingest import Ingested, ingest
-from pipeline.store import RunFolder, write_atomic
+from pipeline.store import RunFolder, read_json, write_atomic
 
 MAX_TOKENS = 1024
 NANO_MAX_TOKENS = 96
@@ -113,6 +114,27 @@ def policy(job: Job) -> EngineSettings:
     not_its_own = dict.fromkeys(("revision", "adapter", "quantization", "script", "price_in", "price_out"))
     here = {"backend": backend, "model": str(sft), "base_urls": (), "style": "chat"}
     return engine.model_copy(update={**not_its_own, **here})
+
+
+def made_from(run: RunFolder, *names: str) -> dict[str, str]:
+    """What datasets and models of the run are now, by name (`datasets/sft`, `models/sft`), if they are there.
+
+    A cheap look: a dataset's hash is what its card says, and a model's the identity of what it was trained from.
+    """
+    found = {}
+    for name in names:
+        folder = run.path / name
+        if name.startswith("datasets/"):
+            found[name] = read_card(folder).get("files", {}).get("train.parquet", {}).get("sha256", "")
+        elif (folder / "training.json").exists():
+            found[name] = read_json(folder / "training.json")["identity"]
+    return {name: value for name, value in found.items() if value}
+
+
+def is_current(run: RunFolder, made: dict[str, str]) -> bool:
+    """Whether the datasets and models that something was `made_from` are still what they were."""
+    names = [name for name in made if name.startswith(("datasets/", "models/"))]
+    return made_from(run, *names) == {name: made[name] for name in names}
 
 
 def is_trained_on(prompt: Line, shares: SplitSettings) -> bool:

@@ -140,7 +140,7 @@ def _train(
             held.enter_context(locked(run))
             held.enter_context(logged(run, console.report))
             opened, _ = jobs.open_job(run, settings)
-            job = replace(job, made_from={"constitution": opened.constitution.digest})
+            job = replace(job, made_from=_made_from(opened, trainer, job.start, of_run=not data))
         with _stop_requests() as should_stop, _watch(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
         if out is None:
@@ -159,14 +159,15 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
     from pipeline.train.stage import Job
 
     run, settings = opened.run.path, opened.settings
+    start = jobs.start_model(run, settings, trainer, None)
     job = Job(
         sources=[rows.Source(str(run))],
-        start=jobs.start_model(run, settings, trainer, None),
+        start=start,
         out=run / "models" / trainer,
         shares=settings.export.split,
         seed=settings.run.seed,
         device=settings.engine.device,
-        made_from={"constitution": opened.constitution.digest},
+        made_from=_made_from(opened, trainer, start, of_run=True),
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
@@ -177,6 +178,16 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
     _show(console, trainer, report)
     console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
     release_memory()
+
+
+def _made_from(opened: JobOfRun, trainer: str, start: str, *, of_run: bool) -> dict[str, str]:
+    """of_run: the data are the run's own."""
+    from pipeline import jobs
+    from pipeline.train.rows import DATASETS
+
+    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if of_run else []
+    names += ["models/sft"] if start == str(opened.run.path / "models" / "sft") else []
+    return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
 
 
 def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:

@@ -142,7 +142,7 @@ class RecipeSettings(Section):
     trainers: auto: sft, rm and dpo where the run has a model of its own, and a GPU or the embedded model.
     """
 
-    phases: Literal[1, 2] = 2
+    phases: Annotated[int, Field(ge=1, le=2)] = 2
     pairs: Literal["samples", "revisions", "both"] = "samples"
     trainers: tuple[Trainer, ...] | Literal["auto"] = "auto"
 
