@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import time
@@ -93,9 +94,30 @@ def train_rrhf_command(console: Console, **options: Any) -> None:
 
 
 def _train(
+    console: Console, trainer: str, train: Callable[[Job, Settings], Report], *, dry_run: bool, **options: Any
+) -> None:
+    """By itself, or as one of the processes that torchrun started; of these the first one speaks."""
+    with ExitStack() as held:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from pipeline.train import ranks
+
+            held.enter_context(ranks.joined())
+            if ranks.rank():
+                console.mute()
+            job, settings = ranks.together(lambda: _read_job(console, trainer, **options))
+        else:
+            job, settings = _read_job(console, trainer, **options)
+        console.say(f"start: {job.start}")
+        if dry_run:
+            _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+        else:
+            in_run = None if options["out"] else options["run"]
+            _carry_out(console, trainer, train, job, settings, run=in_run)
+
+
+def _read_job(
     console: Console,
     trainer: str,
-    train: Callable[[Job, Settings], Report],
     *,
     run: Path,
     config: Path | None,
@@ -105,11 +127,8 @@ def _train(
     out: Path | None,
     name: str | None,
     seed: int | None,
-    dry_run: bool,
-) -> None:
+) -> tuple[Job, Settings]:
     from pipeline import jobs
-    from pipeline.calllog import logged
-    from pipeline.lock import locked
     from pipeline.store import RUN_NAME, RunFolder
 
     settings = jobs.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
@@ -131,20 +150,27 @@ def _train(
         device=settings.engine.device,
         say=console.say,
     )
-    console.say(f"start: {job.start}")
-    if dry_run:
-        _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
-        return
+    return job, settings
+
+
+def _carry_out(
+    console: Console,
+    trainer: str,
+    train: Callable[[Job, Settings], Report],
+    job: Job,
+    settings: Settings,
+    *,
+    run: Path | None,
+) -> None:
+    """run: that is locked, and whose log gets a line."""
+    from pipeline.train import ranks
+
     with ExitStack() as held:
-        if out is None:
-            held.enter_context(locked(run))
-            held.enter_context(logged(run, console.report))
-            opened, _ = jobs.open_job(run, settings)
-            job = replace(job, made_from=_made_from(opened, trainer, job.start, of_run=not data))
+        if run:
+            made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
+            job = replace(job, made_from=made_from)
         with _stop_requests() as should_stop, _watch(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
-        if out is None:
-            jobs.keep_inputs(opened)
         _show(console, trainer, report)
 
 
@@ -159,35 +185,54 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
     from pipeline.train.stage import Job
 
     run, settings = opened.run.path, opened.settings
-    start = jobs.start_model(run, settings, trainer, None)
+    release_memory()
     job = Job(
         sources=[rows.Source(str(run))],
-        start=start,
+        start=jobs.start_model(run, settings, trainer, None),
         out=run / "models" / trainer,
         shares=settings.export.split,
         seed=settings.run.seed,
         device=settings.engine.device,
-        made_from=_made_from(opened, trainer, start, of_run=True),
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
     train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
     with _stop_requests() as should_stop, _watch(console) as watch:
-        job = replace(job, watch=watch, should_stop=lambda: should_stop() or is_late())
+        made_from = _made_from(opened, trainer, job)
+        job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
         report = train(job, getattr(settings, f"train_{trainer}"))
     _show(console, trainer, report)
     console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
     release_memory()
 
 
-def _made_from(opened: JobOfRun, trainer: str, start: str, *, of_run: bool) -> dict[str, str]:
-    """of_run: the data are the run's own."""
+def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
+    """What of the run a training depends on, as it is now."""
     from pipeline import jobs
     from pipeline.train.rows import DATASETS
 
-    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if of_run else []
-    names += ["models/sft"] if start == str(opened.run.path / "models" / "sft") else []
+    run = opened.run.path
+    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if str(run) in [source.path for source in job.sources] else []
+    names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
     return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
+
+
+def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> JobOfRun:
+    """Locks and logs the call, and keeps its inputs if it comes to its end."""
+    from pipeline import jobs
+    from pipeline.calllog import logged
+    from pipeline.lock import locked
+
+    held.enter_context(locked(run))
+    held.enter_context(logged(run, console.report))
+    opened, _ = jobs.open_job(run, settings)
+
+    def keep(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            jobs.keep_inputs(opened)
+
+    held.push(keep)
+    return opened
 
 
 def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
