@@ -29,7 +29,7 @@ from pipeline.store import RunFolder
 
 CAI = Path(sys.executable).with_name("cai")
 FAULTS = Path(__file__).parent / "faults"
-PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "failed", "filtered", "datasets")
+PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "phase2", "failed", "filtered", "datasets")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -149,17 +149,19 @@ def play(
     *,
     limit: int | None = None,
     export: bool = True,
+    phase: int = 1,
 ) -> chains.Chain:
-    """What `cai run` does, in this process. tree: settings by section; the engine is the scripted one."""
+    """What `cai run` does with stages, in this process. tree: settings by section; the engine is the scripted one."""
     settings = Settings.model_validate({**tree, "engine": {"backend": "scripted", **tree.get("engine", {})}})
     RunFolder(run, create=True)
     job, _ = jobs.open_job(run, settings)
     if settings.prompts.sources:
         jobs.ingest_prompts(job, limit)
-    chain = chains.prepare(job, names, limit=limit)
+    chain = chains.prepare(job.of_phase(phase), names, limit=limit)
     asyncio.run(chains.run_chain(chain, max_time=None, watch=_silent))
     if export:
-        export_run(job.run, settings.export, tie_band=settings.rank.tie_band)
+        pairs_from = settings.recipe.pairs
+        export_run(job.run, settings.export, tie_band=settings.rank.tie_band, pairs_from=pairs_from)
     return chain
 
 

@@ -1,10 +1,10 @@
 """How a model answers requests of the embedded world that no training saw, graded exactly.
 
-    python -m pipeline.evaluate.held_out MODEL... [--cases N] [--seed S]
+    python -m pipeline.evaluate.held_out RUN [--cases N] [--seed S]
 
 Every request has a held-out verb-object combination, half of them a held-out way to ask. Answers are sampled at
-temperature 1. With `--reward-model` also: how often it scores an answer without fault above one with a fault, both
-sampled from the first model for the same request.
+temperature 1. The models are those that the run trained, and the one that it started from. Of the reward model: how
+often it scores an answer without fault above one with a fault, both sampled from the SFT model for the same request.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.errors import CaiError
+from pipeline.errors import CaiError, UsageError
 from pipeline.evaluate.behaviour import FAULTS, Tally
 from pipeline.intervals import Rate, wilson
 from pipeline.lm.decode import Decoder, Row, decode
@@ -27,8 +27,10 @@ from pipeline.lm.load import ends, load
 from pipeline.lm.templates import Chat
 from pipeline.nano import world
 from pipeline.records import Message
+from pipeline.store import read_json
 
 CASES = 600
+POLICIES = ("sft", "dpo", "rrhf")
 MAX_TOKENS = 96
 SAMPLES = 4
 """Of each request, where answers are compared with one another."""
@@ -105,25 +107,52 @@ def score(reward_model: str, pairs: Sequence[tuple[list[Message], str, str]]) ->
     return found
 
 
-def table(found: dict[str, dict[str, Rate]]) -> list[str]:
+class Measured(NamedTuple):
+    """models: name -> fault -> rate. reward_model: right on sampled pairs; test_pairs: on those of the test split."""
+
+    models: dict[str, dict[str, Rate]]
+    reward_model: Rate | None
+    test_pairs: Rate | None
+
+
+def measure(run: Path, *, cases: int = CASES, seed: int = 0) -> Measured:
+    """Raises UsageError for a run without an SFT model."""
+    folders = {name: run / "models" / name for name in POLICIES if (run / "models" / name / "config.json").exists()}
+    if "sft" not in folders:
+        raise UsageError(f"{run}: no models/sft; `cai run` or `cai train-sft` makes it")
+    models = {"base": read_json(folders["sft"] / "training.json")["start"]["name"], **folders}
+    found = {name: behaviour(str(folder), cases=cases, seed=seed) for name, folder in models.items()}
+    reward_model = run / "models" / "rm"
+    if not (reward_model / "config.json").exists():
+        return Measured(found, None, None)
+    right = reward_model_accuracy(str(reward_model), str(folders["sft"]), cases=cases, seed=seed)
+    return Measured(found, right, _test_pairs(reward_model))
+
+
+def _test_pairs(reward_model: Path) -> Rate:
+    training = read_json(reward_model / "training.json")
+    rows = training["data"]["test"]["rows"]
+    return wilson(round(training["metrics"].get("eval/scores/accuracy", 0.0) * rows), rows)
+
+
+def table(found: Measured) -> list[str]:
     """Lines for a terminal, a column for each model."""
-    lines = [f"{'':9}" + "".join(f"{name:<34}" for name in found)]
-    lines += [f"{fault:9}" + "".join(f"{rates[fault]!s:<34}" for rates in found.values()) for fault in FAULTS]
+    lines = [f"{'':9}" + "".join(f"{name:<33}" for name in found.models)]
+    lines += [f"{fault:9}" + "".join(f"{rates[fault]!s:<33}" for rates in found.models.values()) for fault in FAULTS]
+    if found.reward_model and found.test_pairs:
+        lines += ["", f"reward model right, answers with and without a fault:  {found.reward_model}"]
+        lines += [f"reward model right, pairs of the test split:            {found.test_pairs}"]
     return [line.rstrip() for line in lines]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate.held_out", description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a hub name")
-    parser.add_argument("--reward-model", metavar="FOLDER")
+    parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--cases", type=int, default=CASES)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    how = {"cases": options.cases, "seed": options.seed}
     try:
-        print("\n".join(table({Path(model).name: behaviour(model, **how) for model in options.models})))
-        if options.reward_model:
-            print(f"reward model right: {reward_model_accuracy(options.reward_model, options.models[0], **how)}")
+        print("\n".join(table(measure(options.run, cases=options.cases, seed=options.seed))))
     except CaiError as error:
         sys.exit(f"cai: {error}")
 
