@@ -124,7 +124,7 @@ def test_a_call_killed_in_phase_2_goes_on_and_asks_nothing_twice(cai: Command, s
     stage = place.partition("/")[2]
     if stage == "rank":
         assert cai("generate", "--run", "r", "--phase", "2").returncode == 0
-    killed = cai(stage, "--run", "r", "--phase", "2", fault=f"before:1:replace r/{place}/.manifest")
+    killed = cai(stage, "--run", "r", "--phase", "2", fault=f"before:1:replace {cai.folder}/r/{place}/.manifest")
     assert killed.returncode == -9
     assert not (cai.folder / "r" / place / "manifest.json").exists()
     for again in ("generate", "rank"):
