@@ -4,6 +4,9 @@ vLLM's asynchronous engine, whose core has a process of its own, as under `LLM.g
 journal take no time from the GPU, and it is the form that spreads over several. The backlog stays here, in a heap by
 priority: vLLM is handed a little more than it can run, so that it never idles and no old record waits behind many
 young ones.
+
+Equal requests are equal tokens, whatever was asked before: a reply stands in the next turn's prompt as the tokenizer
+spells its text. Where the model spelt it otherwise, the next turn computes the rest of that reply again.
 """
 
 from __future__ import annotations
