@@ -205,7 +205,8 @@ def _dry_run(
 
     measured = _measure(console, run, settings, num) if num else None
     estimate = jobs.estimate_job(run, settings, names, limit, measured)
-    console.report["counts"] = estimate._asdict()
+    by_votes = estimate.by_votes
+    console.report["counts"] = {**estimate._asdict(), "by_votes": by_votes and by_votes._asdict()}
     of_in, of_out = "about, at 4 characters a token", f"about, at {REPLY_SHARE:.0%} of max_tokens a reply"
     if measured:
         of_in = of_out = f"about, as for the first {measured.records} prompts"
@@ -218,6 +219,12 @@ def _dry_run(
     console.show(f"disk         {estimate.disk / 1e6:>14,.1f}  MB, about")
     if estimate.cost is not None:
         console.show(f"cost         {estimate.cost:>14,.2f}  about, at price_in and price_out of the settings")
+    if by_votes:
+        cost = "" if by_votes.cost is None else f", cost {by_votes.cost:,.2f}"
+        console.show(
+            f"by votes     {sum(by_votes.requests.values()):>14,} requests, tokens in {by_votes.tokens_in:,}, out "
+            f"{by_votes.tokens_out:,}{cost}: if the judge gives no log-probabilities, which `cai doctor` tells"
+        )
     if estimate.seconds is not None and measured:
         pace = f"the pace of {measured.records} prompts in flight; an engine with room for more is faster"
         console.show(f"seconds      {estimate.seconds:>14,.0f}  about, at {pace}")
@@ -233,6 +240,6 @@ def _measure(console: Console, run: Path, settings: Settings, num: int) -> Measu
     with locked(run):
         measured = calibrate(run, settings, num)
     stop_on_signals()
-    if measured.seconds_per_request is None:
+    if measured.seconds_per_reply is None:
         console.say("every reply was in the journal already, so that there is no time to go by; take more prompts")
     return measured
