@@ -163,6 +163,8 @@ def _run_stages(
         return
     stop_on_signals()
     is_first = bool(prompts) or "generate" in names
+    if is_first:
+        recipe.check_models(settings, names)  # before prompts are brought in, which a mended call would keep
     RunFolder.check(run, create=is_first)
     with locked(run), logged(run, console.report):
         RunFolder(run, create=is_first)
