@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.votes import NUM_VOTES
 from pipeline.errors import UsageError
 from pipeline.estimate import Call, Measured
 from pipeline.jobs import Job, constitution_file, ingest_prompts
-from pipeline.recipe import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.store import RunFolder, StageWriter
 
 

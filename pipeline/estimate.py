@@ -6,7 +6,7 @@ time; what was measured on a few prompts (calibrate.py) replaces the guesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from constitution.principles import Constitution
@@ -104,6 +104,47 @@ def _total(
     return Estimate(
         records, requests, round(tokens_in), round(tokens_out), disk, _cost(settings, calls, records), seconds
     )
+
+
+def total(estimates: Mapping[int, Estimate]) -> Estimate:
+    """Of several phases, by number; requests of phase 2 have their phase in the name, and phase 1's pace."""
+    voted = any(part.by_votes for part in estimates.values())
+    by_votes = _sum({phase: part.by_votes or part for phase, part in estimates.items()}) if voted else None
+    return _sum(estimates)._replace(by_votes=by_votes)
+
+
+def _sum(estimates: Mapping[int, Estimate]) -> Estimate:
+    parts = list(estimates.values())
+    requests = {
+        kind if phase == 1 else f"phase{phase}/{kind}": number
+        for phase, part in estimates.items()
+        for kind, number in part.requests.items()
+    }
+    costs = [part.cost for part in parts if part.cost is not None]
+    paces = [part.seconds / sum(part.requests.values()) for part in parts if part.seconds is not None]
+    return Estimate(
+        max(part.records for part in parts),
+        requests,
+        sum(part.tokens_in for part in parts),
+        sum(part.tokens_out for part in parts),
+        sum(part.disk for part in parts),
+        sum(costs) if costs else None,
+        paces[0] * sum(requests.values()) if paces else None,
+    )
+
+
+def num_steps(settings: Settings, trainer: str, prompts: Mapping[str, int]) -> int:
+    """The most steps a training takes: every prompt gives all the rows it can. prompts: of each split."""
+    samples, rounds = settings.generate.samples, settings.critique_revise.rounds
+    targets = {"best": 1, "last": samples, "all": samples * rounds, "improved": samples * rounds}
+    pairs = {"best-worst": 1, "all": samples * (samples - 1) // 2, "revision-draft": samples}
+    rows = prompts.get("preference", 0)
+    if trainer == "sft":
+        rows = prompts.get("sft", 0) * targets[settings.export.sft]
+    elif trainer in ("rm", "dpo"):
+        rows *= pairs[settings.export.pairs]
+    section = getattr(settings, f"train_{trainer}")
+    return -(-rows // section.batch_size) * section.epochs
 
 
 def _cost(settings: Settings, calls: Sequence[Call], records: int) -> float | None:

@@ -13,7 +13,7 @@ COMMANDS = {
     "init": ("pipeline.cli.start", "Write a constitution, a configuration and example prompts into this folder."),
     "try": ("pipeline.cli.start", "Send one prompt through one chain and print it."),
     "doctor": ("pipeline.cli.start", "Check the machine, the model and the endpoint."),
-    "run": ("pipeline.cli.stages", "Run the whole recipe: generate, critique-revise, rank, export."),
+    "run": ("pipeline.cli.recipe", "Run the whole recipe: data, SFT, samples of the SFT model, reward model, DPO."),
     "generate": ("pipeline.cli.stages", "Draft answers to the prompts."),
     "critique-revise": ("pipeline.cli.stages", "Criticise and revise the drafts."),
     "rank": ("pipeline.cli.stages", "Compare the candidates and put them in order."),

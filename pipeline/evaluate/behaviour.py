@@ -37,7 +37,9 @@ class Behaviour(NamedTuple):
     decided: Rate
 
 
-class _Tally:
+class Tally:
+    """Faults of completions, each counted over the requests where it can occur."""
+
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
         self.cases: Counter[str] = Counter()
@@ -58,7 +60,7 @@ class _Tally:
 
 def behaviour(run: RunFolder) -> Behaviour:
     """Reads the published prompts, drafts, chains and ranks of a run."""
-    drafts, finals = _Tally(), _Tally()
+    drafts, finals = Tally(), Tally()
     stages = {name: _by_id(run, name) for name in ("generate", "rank")}
     for prompt in run.read("prompts"):
         drafted, ranked = (stages[name].get(prompt["id"]) for name in ("generate", "rank"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -112,6 +113,13 @@ def identify(model: str, *, revision: str | None = None, dtype: str = "auto", de
     }
     context = getattr(text, "max_position_embeddings", None)
     return Identity(tokenizer, kind, ends(text, generation), context, identity)
+
+
+def release_memory() -> None:
+    """Gives back the accelerator's memory of models that nobody holds any more, for an engine that starts next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def ends(*configs: Any) -> list[int]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES
 from pipeline.config.settings import Settings
 from pipeline.estimate import Call, Measured, estimate
-from pipeline.recipe import DATA_STAGES
 from tests.support import Command, Server, write_prompts
 
 Serve = Callable[..., Server]

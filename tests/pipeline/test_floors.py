@@ -18,7 +18,8 @@ FLOORS = {
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),
-    **dict.fromkeys(("recipe", "jobs", "report", "trial", "standing", "starter", "doctor", "checks", "calibrate"), 4),
+    **dict.fromkeys(("recipe", "chain", "voices", "jobs", "report", "trial", "standing", "starter"), 4),
+    **dict.fromkeys(("doctor", "checks", "calibrate"), 4),
     "cli": 5,
 }
 SLOW = ("torch", "transformers", "vllm", "openai", "datasets", "pyarrow", "safetensors", "tokenizers", "httpx")
