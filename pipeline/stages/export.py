@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import ExportSettings, HelpfulSettings
+from pipeline.dataset_writer import DatasetWriter, Published
 from pipeline.errors import CorruptError, IncompleteError
 from pipeline.records import Failure, Line, Message, canonical, digest, line_bytes
 from pipeline.sources import Spec, read
 from pipeline.splits import row_hash, split_of
 from pipeline.stages.cards import DATASETS, card_text, schemas
-from pipeline.stages.datasets_out import DatasetWriter, Published
 from pipeline.stages.filters import is_same, why_not
 from pipeline.stages.rows import Pair, Target, Trace, candidate_targets, pairs, sft_targets
 from pipeline.store import RunFolder, io_errors, make_folder, sync_folder, write_atomic
