@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.settings import TrainSettings
-from pipeline.lm.forward import completion_logps
+from pipeline.lm.forward import Group, completion_logps
 from pipeline.records import digest
 from pipeline.store import make_folder
-from pipeline.train.batches import Data, microbatches
+from pipeline.train.batches import Data, over_completions
 from pipeline.train.checkpoints import save_tensors
 from pipeline.train.loop import autocast
 
@@ -40,12 +39,11 @@ def reference_logps(
     return logps
 
 
-@torch.no_grad()
 def compute_logps(model: Any, data: Data, settings: TrainSettings) -> Tensor:
     """(N,) in long batches of rows of similar length, on the CPU."""
-    logps = torch.zeros(sum(len(data.completions(row)) for row in range(len(data))))
-    for rows in microbatches(data, range(len(data)), max_tokens=settings.microbatch_tokens):
+
+    def sums(groups: list[Group]) -> Tensor:
         with autocast(model, settings):
-            found = completion_logps(model, [data.group(row) for row in rows]).sums
-        logps[[number for row in rows for number in data.completions(row)]] = found.float().cpu()
-    return logps
+            return completion_logps(model, groups).sums
+
+    return over_completions(data, sums, max_tokens=settings.microbatch_tokens)
