@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heapreplace
 from typing import Literal
 
 import numpy as np
@@ -126,6 +127,26 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
 
 
+def deal(data: Data, rows: Sequence[int], num_shares: int) -> list[list[int]]:
+    """The rows in shares of about as many tokens each; some are empty if there are fewer rows."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0, number) for number in range(num_shares)]
+    for row in sorted(rows, key=data.num_tokens, reverse=True):
+        load, number = loads[0]
+        shares[number].append(row)
+        heapreplace(loads, (load + data.num_tokens(row), number))
+    return shares
+
+
+def dealt_microbatches(
+    data: Data, rows: Sequence[int], *, rank: int, size: int, max_tokens: int
+) -> Iterator[list[int]]:
+    """The microbatches of one of `size` processes; the last ones may be empty, so that all have as many."""
+    parts = [list(microbatches(data, share, max_tokens=max_tokens)) for share in deal(data, rows, size)]
+    yield from parts[rank]
+    yield from [[]] * (max(map(len, parts)) - len(parts[rank]))
+
+
 def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
     """The rows in groups of at most so many tokens, longest first; a longer row is alone."""
     held: list[int] = []
@@ -139,13 +160,3 @@ def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterato
         total += length
     if held:
         yield held
-
-
-@torch.no_grad()
-def over_completions(data: Data, compute: Callable[[list[Group]], torch.Tensor], *, max_tokens: int) -> torch.Tensor:
-    """(N,) what `compute` finds of every completion of the data, on the CPU; rows of similar length go together."""
-    found = torch.zeros(data.num_completions)
-    for rows in microbatches(data, range(len(data)), max_tokens=max_tokens):
-        own = compute([data.group(row) for row in rows])
-        found[[number for row in rows for number in data.completions(row)]] = own.float().cpu()
-    return found

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
 from pipeline.lm.forward import Group, completion_ends, completion_logps, prepare
 from pipeline.lm.load import load
 from pipeline.lm.templates import Chat
-from pipeline.train.batches import Data, over_completions, take
+from pipeline.train.batches import Data, microbatches, take
 from pipeline.train.rows import Row
 
 ScorerKind = Literal["reward", "policy"]
@@ -30,9 +31,14 @@ class Scorer(NamedTuple):
     fingerprint: dict[str, str]
 
     def __call__(self, data: Data, *, max_tokens: int) -> Tensor:
-        """(N,) the score of every completion of the data, higher is better. max_tokens: at a time."""
+        """(N,) the score of every completion of the data, on the CPU, higher is better. max_tokens: at a time."""
         compute = reward_scores if self.kind == "reward" else mean_logps
-        return over_completions(data, lambda groups: compute(self.model, groups), max_tokens=max_tokens)
+        found = torch.zeros(data.num_completions)
+        with torch.no_grad():
+            for rows in microbatches(data, range(len(data)), max_tokens=max_tokens):
+                own = compute(self.model, [data.group(row) for row in rows])
+                found[[number for row in rows for number in data.completions(row)]] = own.float().cpu()
+        return found
 
     def score_rows(self, rows: Sequence[Row], *, max_tokens: int) -> tuple[list[Row], list[list[float]], int]:
         """Rows that are not too long, the scores of each one's completions, and how many were too long."""
