@@ -157,8 +157,8 @@ def read_data(
     """Tokens of both splits. Raises IncompleteError (3) if no row is left to train on."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
-    data = {}
-    for split in rows.Split.__args__:  # type: ignore[attr-defined]
+    data: dict[str, Data] = {}
+    for split in rows.SPLITS:
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
