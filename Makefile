@@ -15,7 +15,7 @@ demo: $(SET_UP)
 	@echo
 	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
-	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
+	@echo '      .venv/bin/cai try --model nano --set critique_revise.draw=cover "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
 
 # The embedded model's figures in full (minutes), against their bars, and the demo's table.
