@@ -162,9 +162,17 @@ def read_data(
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
-            job.say(f"{split}: {lost} rows longer than {max_length} tokens left out; max_length, too_long: cut")
+            id, length = data[split].longest
+            job.say(
+                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; "
+                "set max_length, or too_long: cut"
+            )
     if not len(data["train"]):
-        raise IncompleteError(f"all rows are longer than {max_length} tokens; set max_length, or too_long: cut")
+        id, length = data["train"].longest
+        raise IncompleteError(
+            f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
+            "set max_length, or too_long: cut"
+        )
     return data, tallies
 
 
