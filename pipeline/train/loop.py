@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,9 +339,9 @@ def silence_dropout(model: Any, settings: TrainSettings) -> None:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-        for module in _dropouts(model):
-            module.p = 0.0
-
-
-def _dropouts(model: Any) -> Iterator[torch.nn.Dropout]:
-    return (module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):  # as attention layers have it
+                    setattr(module, name, 0.0)

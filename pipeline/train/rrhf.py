@@ -43,7 +43,11 @@ class Ranking:
             losses.append(rrhf_loss(means, sums, scores, rrhf_weight=self.rrhf_weight))
             is_right.append(means.argmax() == scores.argmax())
             best.append(scores.max())
-        metrics = {"ranking/best_first": torch.stack(is_right).float(), "scores/best": torch.stack(best)}
+        metrics = {
+            "ranking/best_first": torch.stack(is_right).float(),
+            "ranking/candidates": torch.tensor(counts, device=logps.tokens.device),
+            "scores/best": torch.stack(best),
+        }
         return Terms(torch.stack(losses), metrics)
 
 

@@ -198,11 +198,9 @@ def test_weights_and_optimiser_stay_in_fp32_under_bf16_autocast(tmp_path: Path) 
     start, data = save_tiny(tmp_path / "start"), write_rows(tmp_path / "rows.jsonl")
     keys = {"precision": "bfloat16", "learning_rate": 1e-6, "schedule": "constant", "warmup": 0.0}
     run_job("sft", data, start, tmp_path / "sft", keys=keys)
-    before, after = (t.AutoModelForCausalLM.from_pretrained(path) for path in (start, tmp_path / "sft"))
-    moved = [
-        (old != new).float().mean().item() for old, new in zip(before.parameters(), after.parameters(), strict=True)
-    ]
-    assert min(moved) > 0.2  # embeddings of tokens that do not occur stay
+    before, after = (t.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start, tmp_path / "sft"))
+    layers = [name for name in before if ".layers." in name]
+    assert min((before[name] != after[name]).float().mean().item() for name in layers) > 0.9
 
 
 # Dropout
@@ -304,7 +302,7 @@ def write_pairs(path: Path, num: int) -> Path:
 
 def test_a_reward_model_overfits_64_pairs_from_ln_2_to_all_right(tmp_path: Path) -> None:
     start, data = save_tiny(tmp_path / "start", hidden=64), write_pairs(tmp_path / "pairs.jsonl", 64)
-    keys = {"epochs": 40, "batch_size": 32, "learning_rate": 3e-3, "center_coef": 0.0, "eval_every": 1000}
+    keys = {"epochs": 25, "batch_size": 32, "learning_rate": 3e-3, "center_coef": 0.0, "eval_every": 1000}
     report = run_job("rm", data, start, tmp_path / "rm", keys=keys)
     assert report.counts["train"]["rows"] == 64
     lines = metrics(tmp_path / "rm")

@@ -29,13 +29,16 @@ from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("start"))
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned to end its answers."""
+    folder = tmp_path_factory.mktemp("start")
+    run_job("sft", data, save_tiny(folder / "random"), folder / "sft", keys={"epochs": 10, "learning_rate": 5e-3})
+    return folder / "sft"
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +212,15 @@ def test_training_with_fresh_answers_stopped_at_every_step_gives_the_same_bytes(
     assert run_job("rrhf", data, start, out, keys=KEYS, score=reward_model, should_stop=lambda: True).is_new
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert metrics(out) == metrics(tmp_path / "whole")
+    assert all(line["ranking/candidates"] > 2.5 for line in metrics(out))  # the data's own are 2 or 3
 
 
 def test_fresh_answers_change_what_is_learned(start: Path, data: Path, reward_model: Scorer, tmp_path: Path) -> None:
     for name, keys in (("with", KEYS), ("without", {**KEYS, "resample_every": None})):
         run_job("rrhf", data, start, tmp_path / name, keys=keys, score=reward_model)
     found, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
-    assert found[0]["loss"] > plain[0]["loss"]  # more candidates to put in order, under the same weights
+    assert found[0]["ranking/candidates"] > plain[0]["ranking/candidates"]
+    assert found[0]["scores/best"] >= plain[0]["scores/best"]  # the best of more, under the same weights
     assert (tmp_path / "with" / "model.safetensors").read_bytes() != (
         tmp_path / "without" / "model.safetensors"
     ).read_bytes()
@@ -260,7 +265,7 @@ def test_after_rrhf_the_policy_orders_held_out_pairs_as_a_reward_model(tmp_path:
         with torch.no_grad():
             p = mean_logps(loaded.model, [tokens.group(row) for row in range(60)]).view(-1, 2)
         right[name] = (p[:, 0] > p[:, 1]).float().mean().item()
-    assert 0.3 < right["before"] < 0.7
+    assert right["before"] < 0.6
     assert right["after"] > 0.85  # 60 pairs: five standard deviations above chance
 
 
