@@ -133,6 +133,18 @@ class ExportSettings(Section):
     format: Literal["messages", "text"] = "messages"
 
 
+class LoraSettings(Section):
+    """Adapters of rank r beside frozen weights, scaled by alpha / r (Hu et al. 2021, arXiv 2106.09685).
+
+    quantize: of the frozen weights, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+    """
+
+    r: Count = 16
+    alpha: Count = 32
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    quantize: Literal["4bit"] | None = None
+
+
 class TrainSettings(Section):
     """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
 
@@ -153,6 +165,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     microbatch_tokens: Count = 8192
     gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_every: Count | None = None
     save_every: Count | None = None
