@@ -205,13 +205,17 @@ class TrainRrhfSettings(TrainSettings):
 
 
 class RunSettings(Section):
-    """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies."""
+    """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies.
+
+    trackers: where trainings show their metrics besides metrics.jsonl.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_failed_share: Share = 0.01
     budget_tokens: Count | None = None
     budget_cost: Annotated[float, Field(gt=0)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = None
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 class Settings(Section):

@@ -27,9 +27,10 @@ from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, Task, compute_dtype, fit, silence_dropout
 from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
-from pipeline.train.memory import Memory, measure
+from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import gather as gather_shards
 from pipeline.train.shards import shard
+from pipeline.train.trackers import TENSORBOARD, check_installed, following
 
 
 def _ignore(_: Any) -> None:
@@ -40,7 +41,7 @@ def _ignore(_: Any) -> None:
 class Job:
     """What to train. start: a model folder or hub name. out: the folder to be made. shares: of `export.split`.
 
-    made_from: name -> digest of what the data was made from, for the card.
+    made_from: name -> digest of what the data was made from, for the card. trackers: as `run.trackers` names them.
     """
 
     sources: Sequence[rows.Source]
@@ -50,6 +51,7 @@ class Job:
     seed: int = 0
     device: str = "auto"
     made_from: dict[str, str] = field(default_factory=dict)
+    trackers: Sequence[str] = ()
     watch: Callable[[Progress], None] = _ignore
     say: Callable[[str], None] = _ignore
     should_stop: Callable[[], bool] = lambda: False
@@ -83,6 +85,7 @@ def train(
     head: Head = "language",
 ) -> Report:
     """Reads, tokenises, trains and publishes. trainer: its name, for card and identity."""
+    check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
     loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
@@ -108,7 +111,7 @@ def train(
         shard(model, device, compute_dtype(settings, device.type))
     objective = make_objective(Opened(model, data["train"], data["test"], loaded.fingerprint))
     task = Task(model, objective, data["train"], data["test"], settings, folder, job.seed)
-    outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
+    outcome = _fit(job, task, identity)
     description = {
         "trainer": trainer,
         "identity": identity,
@@ -124,6 +127,18 @@ def train(
     gather_shards(model)
     ranks.first(lambda: publish(model, adapted, loaded.tokenizer, job, folder, description))
     return Report(job.out, outcome, counts, is_new=True)
+
+
+def _fit(job: Job, task: Task, identity: str) -> Outcome:
+    names = job.trackers if ranks.rank() == 0 else ()
+    shown = task.settings.model_dump(mode="json")
+    with following(names, task.folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
+
+        def watch(progress: Progress) -> None:
+            follow()
+            job.watch(progress)
+
+        return fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
 
 
 def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Loaded:
@@ -142,19 +157,22 @@ def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Lo
 
 
 class Plan(NamedTuple):
-    """What a training would do."""
+    """What a training would do. advice: what would fit into memory, '' if this does."""
 
     counts: dict[str, Any]
     steps: int
     memory: Memory
+    advice: str
 
 
-def plan(job: Job, settings: TrainSettings, kind: Kind) -> Plan:
+def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     """Reads and tokenises, and loads no weights."""
     config = load_config(job.start)
     data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
-    return Plan(_counts(data), steps, measure(job.start, data["train"], settings, job.device))
+    need = (job.start, data["train"], settings, job.device, head)
+    memory = measure(*need)
+    return Plan(_counts(data), steps, memory, advise(memory, *need))
 
 
 def _counts(data: dict[str, Data]) -> dict[str, Any]:
@@ -192,6 +210,8 @@ def publish(model: Any, adapted: Any, tokenizer: Any, job: Job, folder: Path, de
         model.to(stored_dtype(job.start)).save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         shutil.copyfile(folder / "metrics.jsonl", ready / "metrics.jsonl")
+        if TENSORBOARD in job.trackers:
+            shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
     draw_curves(ready / "metrics.jsonl", ready / "curves.png")
     write_card(ready / "README.md", description)
     write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
