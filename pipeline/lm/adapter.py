@@ -46,11 +46,14 @@ def merge(model: Any, folder: Path) -> Any:
 
     model: the untouched base. An adapter of a reward model brings its head along. Raises EngineRefused.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    dtype_before = model.dtype
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+        config = PeftConfig.from_pretrained(str(folder))
+        is_reward, config.task_type = config.task_type == "SEQ_CLS", None  # the model has the head that is wanted
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise EngineRefused(f"model {folder}: its adapter does not fit its model ({reason})") from error
@@ -62,7 +65,9 @@ def merge(model: Any, folder: Path) -> Any:
             layer.merge()
             base.to(dtype)
     merged = adapted.unload()
-    return merged.to(model.dtype).eval()
+    if is_reward:
+        merged.config.architectures = [type(merged).__name__]
+    return merged.to(dtype_before).eval()
 
 
 def _read(folder: Path) -> dict[str, Any]:

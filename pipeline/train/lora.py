@@ -65,9 +65,11 @@ def adapters_off(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_adapter(adapted: Any, folder: Path) -> None:
-    """As peft and vLLM load it."""
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+def save_adapter(adapted: Any, model: Any, folder: Path) -> None:
+    """As peft and vLLM load it. adapted: what `attach` gave. model: the one that has the weights now."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {f"base_model.model.{name}": parameter.detach() for name, parameter in trained.items()}
+    adapted.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink()  # peft's, with nothing filled in; the merged model's card says it all
 
 
