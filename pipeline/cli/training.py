@@ -130,7 +130,7 @@ def _train(
             job, settings = _read_job(console, trainer, **options)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+            _dry_run(console, job, getattr(settings, f"train_{trainer}"), trainer)
         else:
             in_run = None if options["out"] else options["run"]
             _carry_out(console, trainer, train, job, settings, run=in_run)
@@ -171,6 +171,7 @@ def _read_job(
         shares=settings.export.split,
         seed=settings.run.seed,
         device=settings.engine.device,
+        trackers=settings.run.trackers,
         say=console.say,
     )
     return job, settings
@@ -216,6 +217,7 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
         shares=settings.export.split,
         seed=settings.run.seed,
         device=settings.engine.device,
+        trackers=settings.run.trackers,
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
@@ -258,22 +260,22 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
     return opened
 
 
-def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
+def _dry_run(console: Console, job: Job, settings: TrainSettings, trainer: str) -> None:
     from pipeline.train.stage import plan
 
-    found = plan(job, settings, kind)
+    found = plan(job, settings, KINDS[trainer], "score" if trainer == "rm" else "language")
     memory = found.memory
     console.report["counts"] = {
         **found.counts,
         "steps": found.steps,
-        "memory": {**memory._asdict(), "total": memory.total},
+        "memory": {**memory._asdict(), "total": memory.total, "advice": found.advice},
     }
     for split, counts in found.counts.items():
         console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     console.show(f"steps         {found.steps:>12,}")
     for part in ("weights", "gradients", "optimizer", "activations", "total", "free"):
         console.show(f"{part:<12}  {getattr(memory, part) / 2**20:>12,.1f}  MiB")
-    console.show(memory.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
+    console.show(found.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
 
 
 def _show(console: Console, trainer: str, report: Report) -> None:

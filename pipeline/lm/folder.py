@@ -12,5 +12,5 @@ def check_name(model: str) -> None:
     if not Path(model).is_dir():
         if model.count("/") > 1 or model.startswith(("/", ".", "~")):
             raise EngineRefused(f"model {model}: no such folder; check engine.model, or use nano, the embedded model")
-    elif not (Path(model) / "config.json").exists():
+    elif not any((Path(model) / name).exists() for name in ("config.json", "adapter_config.json")):
         raise EngineRefused(f"model {model}: the folder holds no config.json; give a Hugging Face model folder")
