@@ -25,8 +25,9 @@ results: $(SET_UP)
 	$(BIN)/python benchmarks/nano_study.py
 	$(MAKE) demo
 
+# A file's tests share what they set up, so that a file stays in one process; one thread each, for the processes share the cores.
 test: $(SET_UP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # vLLM brings versions of its own, so that it has an environment of its own: the build for CPUs, which tests need.
 VLLM := .venv-vllm
