@@ -142,6 +142,15 @@ def is_sampled(prompt: Line, shares: SplitSettings) -> bool:
     return split_of(prompt["messages"], shares) != "sft"
 
 
+def scoring_model(run: Path, model: str | None) -> str:
+    """What gives scores: `model` if given, else the run's reward model."""
+    if model is not None:
+        return str(nano.path()) if model == "nano" else model
+    if not (run / "models" / "rm" / "config.json").exists():
+        raise UsageError(f"{run}: no models/rm here; train one with `cai train-rm`, or give --reward-model or --policy")
+    return str(run / "models" / "rm")
+
+
 def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
     """Brings the configured sources into the run. None if there are none, but the run has prompts already."""
     specs = _specs(job.settings)

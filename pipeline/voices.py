@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from constitution.principles import Constitution
 from pipeline import nano
 from pipeline.checks import TEMPLATE_CURE, preflight
-from pipeline.config.settings import EngineSettings
-from pipeline.engines import open_engine
+from pipeline.config.settings import EngineSettings, Settings
+from pipeline.engines import check_engine, open_engine
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused, RequestFailed
 from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS
@@ -28,13 +28,12 @@ class Engines:
         self._prices: dict[Engine, tuple[float, float]] = {}
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
-        """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
-        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
+        """The engine of a section, and how to speak to it."""
+        is_nano = _is_nano(settings)
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
-            found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
             try:
-                self._open[key] = open_engine(found, name="nano" if is_nano else None)
+                self._open[key] = open_engine(_with_folder(settings), name="nano" if is_nano else None)
             except RequestFailed as error:
                 raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
             if settings.price_in is not None or settings.price_out is not None:
@@ -78,3 +77,23 @@ class Engines:
     async def close(self) -> None:
         for engine in self._open.values():
             await engine.close()
+
+
+def check_models(settings: Settings, names: Sequence[str]) -> None:
+    """EngineRefused if a model that these stages ask is not named, or named by a path at which there is none."""
+    found: dict[str, EngineSettings] = settings.generators if "generate" in names else {}
+    if "critique-revise" in names:
+        found = found | settings.critics
+    if "critique-revise" in names or "rank" in names:
+        found = found | {"judge": settings.engine_for(settings.judge)}
+    for engine in found.values():
+        check_engine(_with_folder(engine))
+
+
+def _is_nano(settings: EngineSettings) -> bool:
+    return settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
+
+
+def _with_folder(settings: EngineSettings) -> EngineSettings:
+    """`nano` stands for the embedded model's folder."""
+    return settings.model_copy(update={"model": str(nano.path())}) if _is_nano(settings) else settings

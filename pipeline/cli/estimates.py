@@ -36,8 +36,9 @@ def show_estimate(
         for phase, names in chains
     }
     steps = jobs.estimate_trainings(run, settings, trainers, limit)
-    found = total(estimates, measured.seconds_per_request if measured else None)
-    console.report["counts"] = found._asdict() | {"steps": steps}
+    found = total(estimates)
+    by_votes = found.by_votes
+    console.report["counts"] = found._asdict() | {"by_votes": by_votes and by_votes._asdict(), "steps": steps}
     _show_requests(console, found, measured)
     for trainer, number in steps.items():
         console.show(f"train-{trainer:<6} {number:>14,}  steps at most")
@@ -58,6 +59,13 @@ def _show_requests(console: Console, estimate: Estimate, measured: Measured | No
     console.show(f"disk         {estimate.disk / 1e6:>14,.1f}  MB, about")
     if estimate.cost is not None:
         console.show(f"cost         {estimate.cost:>14,.2f}  about, at price_in and price_out of the settings")
+    if estimate.by_votes:
+        votes = estimate.by_votes
+        cost = "" if votes.cost is None else f", cost {votes.cost:,.2f}"
+        console.show(
+            f"by votes     {sum(votes.requests.values()):>14,} requests, tokens in {votes.tokens_in:,}, out "
+            f"{votes.tokens_out:,}{cost}: if the judge gives no log-probabilities, which `cai doctor` tells"
+        )
     if estimate.seconds is not None and measured:
         pace = f"the pace of {measured.records} prompts in flight; an engine with room for more is faster"
         console.show(f"seconds      {estimate.seconds:>14,.0f}  about, at {pace}")
@@ -73,6 +81,6 @@ def _measure(console: Console, run: Path, settings: Settings, num: int) -> Measu
     with locked(run):
         measured = calibrate(run, settings, num)
     stop_on_signals()
-    if measured.seconds_per_request is None:
+    if measured.seconds_per_reply is None:
         console.say("every reply was in the journal already, so that there is no time to go by; take more prompts")
     return measured

@@ -139,6 +139,7 @@ def show_command(
 def _say_none(console: Console, folder: RunFolder, wanted: Wanted) -> None:
     """Nothing to show: a slip in an id is an error, filters that leave nothing are not."""
     from constitution.principles import Constitution
+    from pipeline.reading import Wanted
 
     if wanted.id_prefix:
         raise UsageError(
@@ -152,4 +153,6 @@ def _say_none(console: Console, folder: RunFolder, wanted: Wanted) -> None:
             near = difflib.get_close_matches(wanted.principle, ids, 1, 0.5)
             cure = f"did you mean {near[0]!r}?" if near else f"ids: {', '.join(ids)}"
             raise UsageError(f"--principle {wanted.principle}: the run's constitution has no such id; {cure}")
-    console.say(f"{folder.path}: no record fits")
+    is_empty = wanted == Wanted()
+    hint = f"no records yet; `cai status --run {folder.path}` says what to do" if is_empty else "no record fits"
+    console.say(f"{folder.path}: {hint}")

@@ -40,6 +40,8 @@ def run_command(
     **options: Any,
 ) -> None:
     from pipeline import jobs, recipe
+    from pipeline.chain import DATA_STAGES
+    from pipeline.voices import check_models
 
     if calibrate and not dry_run:
         raise UsageError("--calibrate: measures for an estimate; use it with --dry-run")
@@ -51,6 +53,7 @@ def run_command(
     if dry_run:
         _show_estimate(console, run, settings, steps, limit, calibrate)
     else:
+        check_models(settings, DATA_STAGES)  # before prompts are brought in, which a mended call would keep
         with opened(console, run, settings, frozen=frozen, is_first=True) as job:
             _Call(console, job, bring_prompts(console, job, limit), grace).run(steps)
     if why_none:

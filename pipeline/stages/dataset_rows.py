@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import ExportSettings
+from pipeline.dataset_writer import DatasetWriter, Published
 from pipeline.errors import IncompleteError
 from pipeline.records import Failure, Line, Message
 from pipeline.stages.cards import DATASETS
-from pipeline.stages.datasets_out import DatasetWriter, Published
 from pipeline.stages.filters import is_same, why_not
 from pipeline.stages.rows import Pair, Target, Trace, candidate_targets, pairs, sft_targets
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import ExportSettings, HelpfulSettings
+from pipeline.dataset_writer import DatasetWriter
 from pipeline.errors import CorruptError
 from pipeline.records import Line, canonical, digest, line_bytes
 from pipeline.sources import Spec, read
 from pipeline.splits import row_hash, split_of
 from pipeline.stages.cards import DATASETS, card_text, schemas
 from pipeline.stages.dataset_rows import ExportReport, Losses, Rows, answer_value, prompt_value
-from pipeline.stages.datasets_out import DatasetWriter
 from pipeline.stages.filters import why_not
 from pipeline.stages.rows import Trace
 from pipeline.store import RunFolder, io_errors, make_folder, sync_folder, write_atomic
