@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pipeline.driver import Driver, Stage
 from pipeline.engines.base import Reply, Request
 from pipeline.errors import IncompleteError, UsageError
-from pipeline.jobs import Job, is_trained_on, keep_inputs, made_from, policy, reply_tokens
+from pipeline.jobs import Job, is_sampled, keep_inputs, made_from, policy, reply_tokens
 from pipeline.journal import Journal, OnReply
 from pipeline.records import Line, digest
 from pipeline.stages import critique_revise, generate, rank
@@ -58,17 +58,19 @@ def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage
     ) -> None:
         before = {stage: upstream[stage] for stage in DATA_STAGES[: DATA_STAGES.index(name)] if stage in upstream}
         upstream[name] = digest([name, seed, before, *depends])
-        writer = StageWriter(job.run, name, upstream[name])
-        if job.run.phase == 2 and name == "generate":
-            writer.extra["made_from"] = made_from(job.run, "models/sft")
-        stages.append(Stage(name, run, writer, needs, tally))
+        stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
 
     if "generate" in names:
         voices = _drafters(job, engines)
         run: Any = partial(generate.generate, models=voices, settings=settings.generate, seed=seed)
         section = settings.generate.model_dump(mode="json", exclude={"models"})
-        taken = [settings.export.split.model_dump(mode="json")] if job.run.phase == 2 else []
-        add("generate", run, generate.tally, (), section, [_identity(voice) for voice in voices], *taken)
+        depends: list[Any] = [section, [_identity(voice) for voice in voices]]
+        if job.run.phase == 1:
+            add("generate", run, generate.tally, (), *depends)
+        else:
+            start = made_from(job.run, "models/sft")
+            add("generate", run, generate.tally, (), *depends, settings.export.split.model_dump(mode="json"), start)
+            stages[-1].writer.extra["made_from"] = start
     if "critique-revise" in names:
         chain = _critique_revise(job, engines)
         run = partial(critique_revise.critique_revise, using=chain)
@@ -194,7 +196,7 @@ def _takes(job: Job) -> Callable[[Line], bool]:
     """Which prompts come in: in phase 2 those that preferences are trained on and tested with."""
     if job.run.phase == 1:
         return lambda prompt: True
-    return lambda prompt: is_trained_on(prompt, job.settings.export.split)
+    return lambda prompt: is_sampled(prompt, job.settings.export.split)
 
 
 def _check_frozen(job: Job, stages: Sequence[Stage]) -> None:

@@ -137,7 +137,7 @@ def is_current(run: RunFolder, made: dict[str, str]) -> bool:
     return made_from(run, *names) == {name: made[name] for name in names}
 
 
-def is_trained_on(prompt: Line, shares: SplitSettings) -> bool:
+def is_sampled(prompt: Line, shares: SplitSettings) -> bool:
     """Whether phase 2 samples a prompt: for preferences or for their test, and not one that SFT has imitated."""
     return split_of(prompt["messages"], shares) != "sft"
 

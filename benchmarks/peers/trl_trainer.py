@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -74,7 +75,7 @@ def config(job: dict[str, Any], folder: Path) -> Any:
     if job["arm"] == "packed":
         own = {"max_length": PACKED_LENGTH, "packing": True}
     elif job["arm"] == "precomputed":
-        own |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": job["reference_batch_size"]}
+        own |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": job["batch_size"]}
     return CONFIGS[job["trainer"]](
         output_dir=str(folder),
         **{
@@ -109,19 +110,15 @@ def main() -> None:
         train_dataset=Dataset.from_list([columns(job["trainer"], row) for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began + getattr(trainer, "reference_seconds", 0.0)
     if "save" in job:
-        from safetensors.torch import save_file
-
         save_file({name: p.detach() - start[name] for name, p in model.named_parameters()}, job["save"])
     steps = torch.stack(trainer.recorded).view(trainer.state.global_step, -1).sum(dim=1)
     print(json.dumps({
         "seconds": seconds,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "before": before,
         "losses": steps.tolist(),
     }))  # fmt: skip
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.jobs import Job as JobOfRun
     from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
+    from pipeline.train.scorers import Scorer
     from pipeline.train.stage import Job, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,14 +51,22 @@ def _training_options(function: F) -> F:
 
 
 @command("train-sft", help="Train a model to imitate the chosen answers.")
+@click.option("--reward-model", metavar="MODEL", help="Keep the weights whose answers to test prompts score best.")
 @_training_options
-def train_sft_command(console: Console, **options: Any) -> None:
+def train_sft_command(console: Console, *, reward_model: str | None, **options: Any) -> None:
     def train(job: Job, settings: Settings) -> Report:
         from pipeline.train.sft import train_sft
 
-        return train_sft(job, settings.train_sft)
+        return train_sft(job, settings.train_sft, score=_open_reward_model(reward_model, job))
 
     _train(console, "sft", train, **options)
+
+
+def _open_reward_model(model: str | None, job: Job) -> Scorer | None:
+    from pipeline.train import ranks
+    from pipeline.train.scorers import open_scorer
+
+    return ranks.together(lambda: open_scorer(model, "reward", device=job.device)) if model else None
 
 
 @command("train-rm", help="Train a reward model on preferences.")
@@ -83,14 +92,26 @@ def train_dpo_command(console: Console, **options: Any) -> None:
 
 
 @command("train-rrhf", help="Train a model on ranked answers (RRHF).")
+@click.option(
+    "--reward-model",
+    metavar="MODEL",
+    help="Its scores replace those of the data; for new answers the run's models/rm if not given.",
+)
+@click.option("--resample-every", type=click.IntRange(min=1), metavar="STEPS", help="train_rrhf.resample_every.")
 @_training_options
-def train_rrhf_command(console: Console, **options: Any) -> None:
+def train_rrhf_command(
+    console: Console, *, reward_model: str | None, resample_every: int | None, **options: Any
+) -> None:
     def train(job: Job, settings: Settings) -> Report:
+        from pipeline import jobs
         from pipeline.train.rrhf import train_rrhf
 
-        return train_rrhf(job, settings.train_rrhf)
+        needs = reward_model or settings.train_rrhf.resample_every
+        model = jobs.scoring_model(options["run"], reward_model) if needs else None
+        return train_rrhf(job, settings.train_rrhf, score=_open_reward_model(model, job))
 
-    _train(console, "rrhf", train, **options)
+    flags = {} if resample_every is None else {"train_rrhf": {"resample_every": resample_every}}
+    _train(console, "rrhf", train, flags=flags, **options)
 
 
 def _train(
@@ -127,11 +148,13 @@ def _read_job(
     out: Path | None,
     name: str | None,
     seed: int | None,
+    flags: dict[str, Any] | None = None,
 ) -> tuple[Job, Settings]:
     from pipeline import jobs
     from pipeline.store import RUN_NAME, RunFolder
 
-    settings = jobs.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
+    seeds = {} if seed is None else {"run": {"seed": seed}}
+    settings = jobs.resolve(run, config, assignments, {**(flags or {}), **seeds})
     if out is None:
         RunFolder(run)
         if name and not RUN_NAME.fullmatch(name):

@@ -188,7 +188,10 @@ class TrainSettings(Section):
 
 
 class TrainSftSettings(TrainSettings):
+    """num_reward_prompts: test prompts that an evaluation answers where a reward model is given."""
+
     epochs: Count = 3
+    num_reward_prompts: Count = 64
 
 
 class TrainRmSettings(TrainSettings):
@@ -211,11 +214,17 @@ class TrainDpoSettings(TrainSettings):
 
 
 class TrainRrhfSettings(TrainSettings):
-    """rrhf_weight: of the ranking term, beside the best completion's negative log-likelihood."""
+    """rrhf_weight: of the ranking term, beside the best completion's negative log-likelihood.
+
+    resample_every: steps between two drawings of `num_samples` new completions to each coming prompt.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     epochs: Count = 3
     rrhf_weight: Annotated[float, Field(ge=0)] = 1.0
+    resample_every: Count | None = None
+    num_samples: Count = 4
+    temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class RunSettings(Section):

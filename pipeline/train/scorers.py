@@ -6,7 +6,7 @@ The latter is p of RRHF (Yuan et al. 2023, arXiv 2304.05302, eq. 1): a policy tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from pipeline.train.rows import Row
 ScorerKind = Literal["reward", "policy"]
 
 
+class Score(Protocol):
+    """Scores tokens that its own tokenizer could have made. fingerprint: its identity, with that of the tokenizer."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]: ...
+
+    def __call__(self, data: Data, *, max_tokens: int) -> Tensor:
+        """(N,) the score of every completion of the data, on the CPU, higher is better. max_tokens: at a time."""
+
+
 class Scorer(NamedTuple):
     """A model in evaluation mode that scores. context: tokens of the longest prompt with completion."""
 
@@ -31,7 +41,7 @@ class Scorer(NamedTuple):
     fingerprint: dict[str, str]
 
     def __call__(self, data: Data, *, max_tokens: int) -> Tensor:
-        """(N,) the score of every completion of the data, on the CPU, higher is better. max_tokens: at a time."""
+        """As Score says."""
         compute = reward_scores if self.kind == "reward" else mean_logps
         found = torch.zeros(data.num_completions)
         with torch.no_grad():
@@ -59,6 +69,15 @@ def open_scorer(model: str, kind: ScorerKind, *, device: str = "auto") -> Scorer
     prepare(loaded.model)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     return Scorer(kind, loaded.model.eval(), Chat(loaded.tokenizer), context, loaded.fingerprint)
+
+
+def check_tokenizer(score: Score, fingerprint: dict[str, str]) -> None:
+    """Raises UsageError if a reward model reads other tokens than the model with this fingerprint writes."""
+    if score.fingerprint["tokenizer"] != fingerprint["tokenizer"]:
+        raise UsageError(
+            "the reward model has another tokenizer or chat template than the model that is trained; "
+            "train one with `cai train-rm --model` from this model"
+        )
 
 
 def reward_scores(model: Any, groups: Sequence[Group]) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
@@ -25,7 +26,7 @@ from pipeline.train.batches import Data, steps_per_epoch, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
-from pipeline.train.loop import Objective, Outcome, Progress, Task, compute_dtype, fit, silence_dropout
+from pipeline.train.loop import Objective, Outcome, Progress, Refresher, Task, compute_dtype, fit, silence_dropout
 from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
 from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import fill, shard, skeleton
@@ -57,12 +58,20 @@ class Job:
 
 
 class Opened(NamedTuple):
-    """What an objective is made of. folder: where work in progress lies; key: identity of model and data."""
+    """What an objective is made of. fingerprint: identity of the model that training starts from."""
 
     model: Any
     train: Data
     test: Data
     fingerprint: dict[str, str]
+    chat: Chat
+
+
+class Extras(NamedTuple):
+    """What a trainer adds to the loop: metrics of an evaluation, and what refreshes the training data."""
+
+    measures: Mapping[str, Callable[[Any], float]] = MappingProxyType({})
+    refresh: Refresher | None = None
 
 
 class Report(NamedTuple):
@@ -82,21 +91,23 @@ def train(
     kind: Kind,
     make_objective: Callable[[Opened], Objective],
     head: Head = "language",
+    make_extras: Callable[[Opened], Extras] = lambda opened: Extras(),
+    other_models: Mapping[str, dict[str, str]] = MappingProxyType({}),
 ) -> Report:
-    """Reads, tokenises, trains and publishes. trainer: its name, for card and identity."""
+    """Reads, tokenises, trains and publishes. trainer: its name, for card and identity.
+
+    other_models: fingerprints of models that take part, by what they do.
+    """
     check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
     loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
     _check_sizes(model, loaded.tokenizer, job.start)
-    data, tallies = ranks.together(
-        lambda: read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
-    )
-    counts = _counts(data)
-    identity = digest(
-        [trainer, settings.model_dump(mode="json", exclude={"parallel"}), job.seed, loaded.fingerprint]
-        + [each.digest for each in data.values()]
-    )
+    chat = Chat(loaded.tokenizer)
+    data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, _context(model.config)))
+    counts, digests = _counts(data), {name: each.digest for name, each in data.items()}
+    made_with = [job.seed, loaded.fingerprint, *other_models.items(), *digests.values()]
+    identity = digest([trainer, settings.model_dump(mode="json", exclude={"parallel"}), *made_with])
     if found := ranks.first(lambda: _published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
@@ -110,16 +121,17 @@ def train(
         model = skeleton(model)
         device = pick_device(job.device)
         shard(trained, device, compute_dtype(settings, device.type))
-    objective = make_objective(Opened(trained, data["train"], data["test"], loaded.fingerprint))
-    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed)
+    opened = Opened(trained, data["train"], data["test"], loaded.fingerprint, chat)
+    extras, objective = make_extras(opened), make_objective(opened)
+    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
     outcome = _fit(job, task, identity)
     description = {
         "trainer": trainer,
         "identity": identity,
         "start": {"name": job.start, **loaded.fingerprint},
-        "data": {name: {"sha256": each.digest, **counts[name]} for name, each in data.items()},
+        "data": {name: {"sha256": sha256, **counts[name]} for name, sha256 in digests.items()},
         "sources": [str(tally) for tally in tallies],
-        "made_from": job.made_from,
+        "made_from": {**job.made_from, **{name: found["weights"] for name, found in other_models.items()}},
         "settings": settings.model_dump(mode="json"),
         "seed": job.seed,
         "step": outcome.step,
@@ -192,9 +204,17 @@ def read_data(
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
-            job.say(f"{split}: {lost} rows longer than {max_length} tokens left out; max_length, too_long: cut")
+            id, length = data[split].longest
+            job.say(
+                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; "
+                "set max_length, or too_long: cut"
+            )
     if not len(data["train"]):
-        raise IncompleteError(f"all rows are longer than {max_length} tokens; set max_length, or too_long: cut")
+        id, length = data["train"].longest
+        raise IncompleteError(
+            f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
+            "set max_length, or too_long: cut"
+        )
     return data, tallies
 
 

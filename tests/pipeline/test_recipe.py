@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pipeline.config.settings import RecipeSettings, Settings
 from pipeline.recipe import Export, Stages, Step, Train, steps, trainers
 from pipeline.standing import standing
 from pipeline.store import RunFolder, read_json
-from tests.support import Command, Server, published, write_prompts
+from tests.support import Command, Server, published, wait_for, write_prompts
 
 PHASE_1 = Stages(1, ("generate", "critique-revise", "rank"))
 SAMPLES = [Stages(2, ("generate",)), Stages(2, ("rank",)), Export(before_samples=False)]
@@ -153,8 +155,6 @@ def test_the_commands_one_by_one_give_the_files_of_a_run(whole: Path, cai: Comma
 
 
 def test_new_settings_of_sft_sample_and_train_again(whole: Path, cai: Command) -> None:
-    import shutil
-
     shutil.copytree(whole, cai.folder / "r")
     assert cai("train-sft", "--run", "r", "--set", "train_sft.epochs=1", timeout=120).returncode == 0
     found = standing(RunFolder(cai.folder / "r"))
@@ -173,3 +173,21 @@ def test_a_dry_run_counts_both_phases_and_the_trainings(whole: Path, cai: Comman
     assert told["steps"].keys() == done.keys()
     assert told["steps"]["sft"] == 3 * -(-done["sft"] // 4)
     assert not (cai.folder / "d").exists()
+
+
+def test_a_run_stopped_while_it_trains_goes_on_there(whole: Path, cai: Command) -> None:
+    shutil.copytree(whole, cai.folder / "r")
+    process = cai.start("run", "--run", "r", "--set", "train_dpo.epochs=2000")
+    log = cai.folder / "r" / "models" / ".dpo.training" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2, 120)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert standing(RunFolder(cai.folder / "r")).holder is None
+    num_lines = log.read_bytes().count(b"\n")
+    process = cai.start("run", "--run", "r", "--set", "train_dpo.epochs=2000")
+    wait_for(lambda: log.read_bytes().count(b"\n") > num_lines, 120)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    steps_taken = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps_taken == list(range(1, len(steps_taken) + 1))

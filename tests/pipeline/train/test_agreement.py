@@ -15,7 +15,7 @@ from pipeline.lm.forward import prepare
 from pipeline.train import loop
 from pipeline.train.batches import Data
 from pipeline.train.dpo import Preference
-from pipeline.train.loop import Objective, fit
+from pipeline.train.loop import Objective, Task, fit
 from pipeline.train.reference import compute_logps
 from pipeline.train.rm import Comparisons
 from pipeline.train.rows import Row
@@ -74,7 +74,7 @@ def train(case: Case, model: Any, folder: Path) -> None:
         completions = [row["chosen"], row["rejected"]][: 1 if case.trainer == "sft" else 2]
         data.add(Row(str(number), [], ("",) * len(completions), 1.0, (), "given"), row["prompt"], completions)
     prepare(model)
-    fit(model, objective(case.trainer, model, data, settings), data, Data(), settings, folder, seed=0)
+    fit(Task(model, objective(case.trainer, model, data, settings), data, Data(), settings, folder, seed=0))
 
 
 def objective(trainer: str, model: Any, data: Data, settings: Any) -> Objective:

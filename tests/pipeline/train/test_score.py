@@ -191,7 +191,7 @@ def test_borders_cut_the_scores_into_bands_of_equal_size(grouping: Grouping, exp
 
 
 def test_equal_scores_stay_in_one_band() -> None:
-    assert borders([1, 2, 2, 2, 3], Grouping("graded", 3)) == [2.0, 2.0]
+    assert borders([1, 2, 2, 2, 3], Grouping("graded", 3)) == [2.0, 3.0]
     assert borders([1, 1, 1], Grouping("top-quantile", 0.1)) == [1.0]
 
 
