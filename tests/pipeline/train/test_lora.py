@@ -26,6 +26,7 @@ from pipeline.train.lora import adapters_off, attach
 from pipeline.train.reference import compute_logps
 from pipeline.train.rows import Source, read
 from tests.pipeline.lm.tiny import families, save_tiny
+from tests.pipeline.train.in_two import train_in_two
 from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job, write_rows
 
 GROUPS = [
@@ -216,6 +217,30 @@ def test_frozen_weights_in_half_precision_are_packed_and_their_adapters_are_not(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         completion_logps(model, GROUPS).tokens.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_two_processes_train_the_adapters_of_one(start: Path, data: Path, tmp_path: Path) -> None:
+    keys = {**KEYS, "microbatch_tokens": 60}
+    jobs = [
+        {
+            "trainer": trainer,
+            "data": data,
+            "start": start,
+            "out": tmp_path / way / trainer,
+            "keys": {**keys, **parallel},
+        }
+        for trainer in ("dpo", "rm")
+        for way, parallel in (("ddp", {}), ("fsdp", {"parallel": "fsdp"}))
+    ]
+    train_in_two(tmp_path, jobs)
+    for trainer in ("dpo", "rm"):
+        run_job(trainer, data, start, tmp_path / "alone" / trainer, keys=keys)
+        expected = load_file(tmp_path / "alone" / trainer / "model.safetensors")
+        for way in ("ddp", "fsdp"):
+            found = load_file(tmp_path / way / trainer / "model.safetensors")
+            assert found.keys() == expected.keys()
+            assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected), (way, trainer)
+            assert (tmp_path / way / trainer / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_modules_that_are_not_there_are_refused_in_one_line(start: Path, data: Path, tmp_path: Path) -> None:
