@@ -11,7 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heapreplace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,21 @@ from pipeline.train.rows import Row
 TooLong = Literal["drop", "cut"]
 
 
+class Fresh(NamedTuple):
+    """Completions that a row has for a while besides its own: token ids, and their scores."""
+
+    completions: tuple[torch.Tensor, ...]
+    scores: tuple[float, ...]
+
+
+NOTHING = Fresh((), ())
+
+
 class Data:
     """Tokenised rows in flat arrays: all tokens one after the other, and where each prompt and completion ends.
 
     left_out: reason -> rows. longest: id and tokens of the longest row that was too long. num_cut: rows whose prompt
-    lost its beginning.
+    lost its beginning. fresh: row -> what it has besides; no part of `completions` and `digest`.
     """
 
     def __init__(self) -> None:
@@ -40,37 +50,58 @@ class Data:
         self.left_out: Counter[str] = Counter()
         self.num_cut = 0
         self.longest = ("", 0)
+        self.fresh: dict[int, Fresh] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def add(self, row: Row, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> None:
+        scores = row.scores or [0.0] * len(completions)
+        self.add_tokens(row.id, prompt, completions, probability=row.probability, scores=scores)
+
+    def add_tokens(
+        self,
+        id: str,
+        prompt: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        *,
+        probability: float = 1.0,
+        scores: Sequence[float] = (),
+    ) -> None:
+        """scores: of each completion; 0 if there are none."""
         for piece in (prompt, *completions):
             self._tokens.extend(piece)
             self._ends.append(len(self._tokens))
         self._first.append(self._first[-1] + 1 + len(completions))
-        self.ids.append(row.id)
-        self.probability.append(row.probability)
-        self.scores.extend(row.scores or [0.0] * len(completions))
+        self.ids.append(id)
+        self.probability.append(probability)
+        self.scores.extend(scores or [0.0] * len(completions))
 
     def group(self, index: int) -> Group:
         pieces = range(self._first[index], self._first[index + 1])
         prompt, *completions = (self._piece(number) for number in pieces)
-        return Group(prompt, tuple(completions))
+        return Group(prompt, (*completions, *self._fresh(index).completions))
 
     def row_scores(self, index: int) -> list[float]:
-        return list(self.scores[self.completions(index).start : self.completions(index).stop])
+        own = self.completions(index)
+        return [*self.scores[own.start : own.stop], *self._fresh(index).scores]
 
     def completions(self, index: int) -> range:
         """Which completions of the whole data belong to a row."""
         return range(self._first[index] - index, self._first[index + 1] - index - 1)
 
+    @property
+    def num_completions(self) -> int:
+        """Of all rows."""
+        return len(self.scores)
+
     def num_tokens(self, index: int) -> int:
         """What goes through the backbone for a row."""
-        return self._ends[self._first[index + 1]] - self._ends[self._first[index]]
+        return self._ends[self._first[index + 1]] - self._ends[self._first[index]] + self._num_fresh_tokens(index)
 
     def num_completion_tokens(self, index: int) -> int:
-        return self._ends[self._first[index + 1]] - self._ends[self._first[index] + 1]
+        own = self._ends[self._first[index + 1]] - self._ends[self._first[index] + 1]
+        return own + self._num_fresh_tokens(index)
 
     @property
     def digest(self) -> str:
@@ -79,6 +110,12 @@ class Data:
         for part in (self._tokens, self._ends, self._first, self.probability, self.scores):
             total.update(len(part).to_bytes(8, "big") + part.tobytes())
         return total.hexdigest()
+
+    def _fresh(self, index: int) -> Fresh:
+        return self.fresh.get(index, NOTHING)
+
+    def _num_fresh_tokens(self, index: int) -> int:
+        return sum(map(len, self._fresh(index).completions))
 
     def _piece(self, number: int) -> torch.Tensor:
         return torch.frombuffer(self._tokens, dtype=torch.int32)[self._ends[number] : self._ends[number + 1]]
@@ -92,19 +129,26 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
     """
     data = Data()
     for row in rows:
-        prompt = chat.prompt(row.prompt, reasoning=False).token_ids
-        completions = [chat.completion(text).token_ids for text in row.completions]
-        room = max_length - max(map(len, completions))
-        if len(prompt) <= room:
-            data.add(row, prompt, completions)
-        elif too_long == "cut" and room > 0:
-            data.num_cut += 1
-            data.add(row, prompt[len(prompt) - room :], completions)
-        else:
-            data.left_out["too_long"] += 1
-            length = len(prompt) + max(map(len, completions))
-            data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
+        take(data, row, chat, max_length=max_length, too_long=too_long)
     return data
+
+
+def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong) -> bool:
+    """Adds a row to the data, or counts it as left out and says so. As `tokenise`."""
+    prompt = chat.prompt(row.prompt, reasoning=False).token_ids
+    completions = [chat.completion(text).token_ids for text in row.completions]
+    room = max_length - max(map(len, completions))
+    if len(prompt) <= room:
+        data.add(row, prompt, completions)
+    elif too_long == "cut" and room > 0:
+        data.num_cut += 1
+        data.add(row, prompt[len(prompt) - room :], completions)
+    else:
+        data.left_out["too_long"] += 1
+        length = len(prompt) + max(map(len, completions))
+        data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
+        return False
+    return True
 
 
 def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

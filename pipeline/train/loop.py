@@ -2,7 +2,7 @@
 
 A step's loss is the sum of its terms (tokens, pairs or prompts, as the objective counts them) divided by their number
 in the whole batch, however it is cut into microbatches. Dropout is off, and the order of rows is a function of seed and
-epoch, so a checkpoint needs weights, optimiser state and step, and nothing else.
+epoch, so a checkpoint needs weights, optimiser state and step, and what refreshes the data, if anything does.
 
 Several processes deal a batch's rows among themselves and add up their gradients. All count, decide and stop alike; the
 first one writes. None of this depends on their number, so that a checkpoint may be gone on from with another one.
@@ -55,6 +55,19 @@ class Objective(Protocol):
         """The terms of these rows."""
 
 
+class Refresher(Protocol):
+    """What changes the training data as training goes on, as a function of weights, seed and step."""
+
+    def __call__(self, model: Any, step: int) -> None:
+        """Before the step with this number, from 0."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint after this step holds of it."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Puts it back."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained, and where.
@@ -71,6 +84,7 @@ class Task:
     folder: Path
     seed: int
     measures: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+    refresh: Refresher | None = None
 
 
 class Outcome(NamedTuple):
@@ -140,13 +154,15 @@ class _Run:
         """One update. Returns its line of metrics.jsonl."""
         data, size = self.task.train, self.settings.batch_size
         rows = batch_at(self.step, num_rows=len(data), batch_size=size, seed=self.task.seed)
+        if self.task.refresh:
+            self.task.refresh(self.model, self.step)
         rate = learning_rate(self.step, self.total, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         means = self._backward(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         means["grad_norm"] = shards.undivided(norm).item()
-        self._check_finite(means, rows)
+        self._check_finite({name: means[name] for name in ("loss", "grad_norm")}, rows, data)
         self.optimizer.step()
         self.step += 1
         self.num_tokens += sum(map(data.num_tokens, rows))
@@ -198,15 +214,12 @@ class _Run:
         with autocast(self.model, self.settings):
             return shards.compute(self.model, lambda: self.task.objective(self.model, data, rows))
 
-    def _check_finite(self, means: dict[str, float], rows: Sequence[int]) -> None:
-        if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+    def _check_finite(self, found: dict[str, float], rows: Sequence[int], data: Data) -> None:
+        if all(map(math.isfinite, found.values())):
             return
-        raise ranks.shared(
-            DivergedError(
-                f"{self.task.folder}: step {self.step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']} "
-                f"({_names(self.task.train, rows)}); lower the learning rate, or look at these rows"
-            )
-        )
+        values = ", ".join(f"{name} {value}" for name, value in found.items())
+        at = f"{self.task.folder}: step {self.step + (data is self.task.train)}: {values} ({_names(data, rows)})"
+        raise ranks.shared(DivergedError(f"{at}; lower the learning rate, or look at these rows"))
 
     def evaluate(self) -> Line:
         """Means over the test split, and the task's measures; keeps the weights if they are the best so far."""
@@ -215,6 +228,7 @@ class _Run:
             with torch.no_grad():
                 tally = self._by_itself(lambda: self._pass(data, range(len(data))))
             metrics = {f"eval/{name}": value for name, value in tally.means().items()}
+            self._check_finite({"eval/loss": metrics["eval/loss"]}, range(len(data)), data)
         metrics |= {name: measure(self.model) for name, measure in self.task.measures.items()}
         if metrics and self.best.take(self.step, metrics):
             self._write(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
@@ -244,6 +258,8 @@ class _Run:
         state = {"step": self.step, "num_tokens": self.num_tokens, "best": self.best.state}
         state["metrics_bytes"] = ranks.first(lambda: self.metrics_file.stat().st_size)
         tensors = {"weights": self.parameters, "optimizer": state_tensors(self.optimizer, self.parameters)}
+        if self.task.refresh:
+            tensors["fresh"] = self.task.refresh.tensors()
         folder = self.task.folder / "checkpoints"
         self._write(folder / f"step-{self.step:08d}", state, tensors)
         ranks.first(lambda: checkpoints.prune(folder, keep=KEPT))
@@ -261,6 +277,8 @@ class _Run:
             self.best.state = state["best"]
             self._load_weights(tensors("weights"))
             load_state(self.optimizer, self.parameters, tensors("optimizer"))
+            if self.task.refresh:
+                self.task.refresh.load(tensors("fresh"))
         ranks.first(lambda: self._cut_metrics(size))
 
     def _cut_metrics(self, size: int) -> None:
@@ -343,9 +361,9 @@ def silence_dropout(model: Any, settings: TrainSettings) -> None:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-        for module in _dropouts(model):
-            module.p = 0.0
-
-
-def _dropouts(model: Any) -> Iterator[torch.nn.Dropout]:
-    return (module for module in model.modules() if isinstance(module, torch.nn.Dropout))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):  # as attention layers have it
+                    setattr(module, name, 0.0)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
-from transformers import AutoConfig
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
 from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import load, load_tokenizer, pick_device
+from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
@@ -28,9 +26,11 @@ from pipeline.train.batches import Data, steps_per_epoch, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
-from pipeline.train.loop import Objective, Outcome, Progress, Task, compute_dtype, fit, silence_dropout
-from pipeline.train.memory import Memory, measure
+from pipeline.train.loop import Objective, Outcome, Progress, Refresher, Task, compute_dtype, fit, silence_dropout
+from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
+from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import fill, shard, skeleton
+from pipeline.train.trackers import TENSORBOARD, check_installed, following
 
 
 def _ignore(_: Any) -> None:
@@ -41,7 +41,7 @@ def _ignore(_: Any) -> None:
 class Job:
     """What to train. start: a model folder or hub name. out: the folder to be made. shares: of `export.split`.
 
-    made_from: name -> digest of what the data was made from, for the card.
+    made_from: name -> digest of what the data was made from, for the card. trackers: as `run.trackers` names them.
     """
 
     sources: Sequence[rows.Source]
@@ -51,18 +51,27 @@ class Job:
     seed: int = 0
     device: str = "auto"
     made_from: dict[str, str] = field(default_factory=dict)
+    trackers: Sequence[str] = ()
     watch: Callable[[Progress], None] = _ignore
     say: Callable[[str], None] = _ignore
     should_stop: Callable[[], bool] = lambda: False
 
 
 class Opened(NamedTuple):
-    """What an objective is made of. folder: where work in progress lies; key: identity of model and data."""
+    """What an objective is made of. fingerprint: identity of the model that training starts from."""
 
     model: Any
     train: Data
     test: Data
     fingerprint: dict[str, str]
+    chat: Chat
+
+
+class Extras(NamedTuple):
+    """What a trainer adds to the loop: metrics of an evaluation, and what refreshes the training data."""
+
+    measures: Mapping[str, Callable[[Any], float]] = MappingProxyType({})
+    refresh: Refresher | None = None
 
 
 class Report(NamedTuple):
@@ -81,27 +90,29 @@ def train(
     trainer: str,
     kind: Kind,
     make_objective: Callable[[Opened], Objective],
-    head: Literal["language", "score"] = "language",
+    head: Head = "language",
+    make_extras: Callable[[Opened], Extras] = lambda opened: Extras(),
+    other_models: Mapping[str, dict[str, str]] = MappingProxyType({}),
 ) -> Report:
-    """Reads, tokenises, trains and publishes. trainer: its name, for card and identity."""
+    """Reads, tokenises, trains and publishes. trainer: its name, for card and identity.
+
+    other_models: fingerprints of models that take part, by what they do.
+    """
+    check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
-    loaded = ranks.together(
-        lambda: load(job.start, dtype="float32", device="cpu" if divides else job.device, head=head)
-    )
+    loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
     _check_sizes(model, loaded.tokenizer, job.start)
-    data, tallies = ranks.together(
-        lambda: read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
-    )
-    counts = _counts(data)
-    identity = digest(
-        [trainer, settings.model_dump(mode="json", exclude={"parallel"}), job.seed, loaded.fingerprint]
-        + [each.digest for each in data.values()]
-    )
+    chat = Chat(loaded.tokenizer)
+    data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, _context(model.config)))
+    counts, digests = _counts(data), {name: each.digest for name, each in data.items()}
+    made_with = [job.seed, loaded.fingerprint, *other_models.items(), *digests.values()]
+    identity = digest([trainer, settings.model_dump(mode="json", exclude={"parallel"}), *made_with])
     if found := ranks.first(lambda: _published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
     prepare(model)
+    adapted = attach(model, settings.lora, head=head, seed=job.seed) if settings.lora else None
     silence_dropout(model, settings)
     if head == "score":
         _keep_pad_apart(model, loaded.tokenizer)
@@ -110,16 +121,17 @@ def train(
         model = skeleton(model)
         device = pick_device(job.device)
         shard(trained, device, compute_dtype(settings, device.type))
-    objective = make_objective(Opened(trained, data["train"], data["test"], loaded.fingerprint))
-    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed)
-    outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
+    opened = Opened(trained, data["train"], data["test"], loaded.fingerprint, chat)
+    extras, objective = make_extras(opened), make_objective(opened)
+    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
+    outcome = _fit(job, task, identity)
     description = {
         "trainer": trainer,
         "identity": identity,
         "start": {"name": job.start, **loaded.fingerprint},
-        "data": {name: {"sha256": each.digest, **counts[name]} for name, each in data.items()},
+        "data": {name: {"sha256": sha256, **counts[name]} for name, sha256 in digests.items()},
         "sources": [str(tally) for tally in tallies],
-        "made_from": job.made_from,
+        "made_from": {**job.made_from, **{name: found["weights"] for name, found in other_models.items()}},
         "settings": settings.model_dump(mode="json"),
         "seed": job.seed,
         "step": outcome.step,
@@ -127,24 +139,54 @@ def train(
     }
     if divides:
         fill(model, trained)
-    ranks.first(lambda: publish(model, loaded.tokenizer, job, folder, description))
+    ranks.first(lambda: publish(model, adapted, loaded.tokenizer, job, folder, description))
     return Report(job.out, outcome, counts, is_new=True)
 
 
+def _fit(job: Job, task: Task, identity: str) -> Outcome:
+    names = job.trackers if ranks.rank() == 0 else ()
+    shown = task.settings.model_dump(mode="json")
+    with following(names, task.folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
+
+        def watch(progress: Progress) -> None:
+            follow()
+            job.watch(progress)
+
+        return fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
+
+
+def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Loaded:
+    """The start: in fp32 if all of it is trained, frozen weights also as they are stored. divides: by FSDP, later."""
+    lora = settings.lora
+    if divides and lora and lora.quantize:
+        raise UsageError("parallel: fsdp cannot divide weights of 4 bits; use parallel: ddp, or no lora.quantize")
+    is_frozen = lora and not divides and settings.precision != "float32"
+    return load(
+        job.start,
+        dtype="auto" if is_frozen else "float32",
+        device="cpu" if divides else job.device,
+        head=head,
+        quantize=lora.quantize if lora else None,
+    )
+
+
 class Plan(NamedTuple):
-    """What a training would do."""
+    """What a training would do. advice: what would fit into memory, '' if this does."""
 
     counts: dict[str, Any]
     steps: int
     memory: Memory
+    advice: str
 
 
-def plan(job: Job, settings: TrainSettings, kind: Kind) -> Plan:
+def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     """Reads and tokenises, and loads no weights."""
-    config = AutoConfig.from_pretrained(job.start)
+    config = load_config(job.start)
     data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
-    return Plan(_counts(data), steps, measure(job.start, data["train"], settings, job.device))
+    need = (job.start, data["train"], settings, job.device, head)
+    memory = measure(*need)
+    return Plan(_counts(data), steps, memory, advise(memory, *need))
 
 
 def _counts(data: dict[str, Data]) -> dict[str, Any]:
@@ -157,8 +199,8 @@ def read_data(
     """Tokens of both splits. Raises IncompleteError (3) if no row is left to train on."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
-    data = {}
-    for split in rows.Split.__args__:  # type: ignore[attr-defined]
+    data: dict[str, Data] = {}
+    for split in rows.SPLITS:
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
@@ -176,21 +218,28 @@ def read_data(
     return data, tallies
 
 
-def publish(model: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
-    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes."""
+def publish(model: Any, adapted: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
+    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes.
+
+    adapted: what `attach` gave; then the model is the start with the adapter in its weights, and has it in a folder.
+    """
     ready = folder / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     with io_errors(ready):
-        model.to(_stored_dtype(job.start))
-        model.save_pretrained(ready)
+        if adapted:
+            save_adapter(adapted, model, ready / ADAPTER)
+            model = merged(job.start, ready / ADAPTER, like=model)
+        model.to(stored_dtype(job.start)).save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         shutil.copyfile(folder / "metrics.jsonl", ready / "metrics.jsonl")
+        if TENSORBOARD in job.trackers:
+            shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
     draw_curves(ready / "metrics.jsonl", ready / "curves.png")
     write_card(ready / "README.md", description)
     write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
     old = folder / "old"
     with io_errors(job.out):
-        for path in ready.iterdir():
+        for path in ready.rglob("*"):
             _sync(path)
         if job.out.exists():
             os.rename(job.out, old)
@@ -200,8 +249,11 @@ def publish(model: Any, tokenizer: Any, job: Job, folder: Path, description: dic
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    if path.is_dir():
+        sync_folder(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _published(out: Path, identity: str) -> dict[str, Any] | None:
@@ -244,8 +296,3 @@ def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
 
 def _context(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-
-
-def _stored_dtype(start: str) -> torch.dtype:
-    stored = getattr(AutoConfig.from_pretrained(start), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32

@@ -9,7 +9,7 @@ import asyncio
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import pytest
 
 from constitution.principles import Constitution
 from constitution.wording import default_wording
+from pipeline.chain import DATA_STAGES, build_stages
 from pipeline.config.settings import CritiqueReviseSettings, Settings
 from pipeline.engines import transformers
 from pipeline.jobs import Job
-from pipeline.recipe import DATA_STAGES, Engines, build_stages
 from pipeline.records import Record
 from pipeline.stages.asking import Voice
 from pipeline.stages.critique_revise import CritiqueRevise, cast
 from pipeline.store import RunFolder
+from pipeline.train.rows import Source, read
+from pipeline.voices import Engines
 from tests.support import Command, Server, Told, lines, write_prompts
 
 Serve = Callable[..., Server]
@@ -38,8 +40,8 @@ rules:
 NUM_PROMPTS, SAMPLES, ROUNDS = 6, 2, 3
 
 
-def run(cai: Command, server: Server, **sections: Any) -> Path:
-    """Runs the data stages with two generators, ann and bob, and a judge of its own."""
+def run(cai: Command, server: Server, given: Sequence[str] = (), **sections: Any) -> Path:
+    """Runs the data stages with two generators, ann and bob, and a judge of its own. given: answers of every prompt."""
     (cai.folder / "cai.yaml").write_text(
         json.dumps(
             {
@@ -53,6 +55,9 @@ def run(cai: Command, server: Server, **sections: Any) -> Path:
         )
     )
     prompts = write_prompts(cai.folder / "p.jsonl", NUM_PROMPTS)
+    if given:
+        asked = [{**json.loads(line), "completions": list(given)} for line in prompts.read_text().splitlines()]
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in asked))
     for stage in ("generate", "critique-revise", "rank"):
         done = cai(stage, "--run", "r", *(["--prompts", prompts] if stage == "generate" else []))
         assert done.returncode == 0, done.stderr
@@ -95,6 +100,22 @@ def test_every_generator_criticises_and_revises_its_own_drafts(cai: Command, ser
         assert [(r["critic"], r["model"]) for r in rounds] == [(draft["model"], draft["model"])] * ROUNDS
         assert all(r["critique"].startswith(f"{draft['model']} criticises") for r in rounds)
         assert all(r["revision"].startswith(f"{draft['model']} revises") for r in rounds)
+
+
+def test_ranked_holds_the_answers_of_all_sources_with_the_judges_scores(cai: Command, serve: Serve) -> None:
+    """What RRHF learns from: drafts and revisions of both models, and answers that came with the prompt."""
+    folder = run(cai, serve(SCRIPT), given=["A human says this.", "Another one says that."])
+    done = cai("export", "--run", "r", "--set", "export.split={sft: 0.5, preference: 0.5, test: 0.0}")
+    assert done.returncode == 0, done.stderr
+    rows = list(read([Source(str(folder))], kind="ranked", split="train"))
+    assert len(rows) == NUM_PROMPTS
+    for row, ranked in zip(rows, sorted(lines(folder, "rank"), key=lambda line: line["id"]), strict=True):
+        words = Counter(" ".join(text.split()[:2]) for text in row.completions)
+        assert words["ann drafts"] == words["bob drafts"] == words["ann revises"] == words["bob revises"] == SAMPLES
+        assert words["A human"] == words["Another one"] == 1
+        assert dict(zip(row.completions, row.scores, strict=True)) == {
+            candidate["text"]: candidate["score"] for candidate in ranked["candidates"]
+        }
 
 
 def test_one_critic_criticises_and_revises_every_draft_and_is_named_as_the_writer(cai: Command, serve: Serve) -> None:

@@ -19,8 +19,11 @@ TRAINERS: dict[str, Any] = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, 
 WORDS = ("please", "help", "me", "to", "write", "a", "letter", "about", "the", "old", "bicycle", "said", "user")
 
 
-def write_rows(path: Path, num: int = 24, *, num_test: int = 6, seed: int = 0) -> Path:
-    """Rows that all trainers can read: two or three completions of unequal length, scores, soft labels."""
+def write_rows(path: Path, num: int = 24, *, num_test: int = 6, seed: int = 0, better: str = "") -> Path:
+    """Rows that all trainers can read: two or three completions of unequal length, scores, soft labels.
+
+    better: a word that the best completion alone has.
+    """
     draw = random.Random(seed)
 
     def text() -> str:
@@ -29,6 +32,9 @@ def write_rows(path: Path, num: int = 24, *, num_test: int = 6, seed: int = 0) -
     lines = []
     for n in range(num + num_test):
         completions = [f"{text()} {i}" for i in range(draw.randint(2, 3))]
+        if better:
+            others = [" ".join(word for word in one.split() if word != better) for one in completions]
+            completions = [f"{better} {others[0]}", *others[1:]]
         line = {
             "id": f"row{n}",
             "prompt": f"{text()} {n}",
@@ -46,14 +52,21 @@ def write_rows(path: Path, num: int = 24, *, num_test: int = 6, seed: int = 0) -
 
 
 def run_job(
-    trainer: str, data: Path, start: Path, out: Path, *, keys: dict[str, Any] | None = None, **job: Any
+    trainer: str,
+    data: Path,
+    start: Path,
+    out: Path,
+    *,
+    keys: dict[str, Any] | None = None,
+    score: Any = None,
+    **job: Any,
 ) -> Report:
-    """Trains in this process. keys: of the trainer's section."""
+    """Trains in this process. keys: of the trainer's section. score: the reward model of SFT and RRHF."""
     section = f"train_{trainer}"
     tree = {section: {"batch_size": 8, "learning_rate": 1e-3, "epochs": 1, **(keys or {})}}
     settings = getattr(Settings.model_validate(tree), section)
     made = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **job)
-    return TRAINERS[trainer](made, settings)
+    return TRAINERS[trainer](made, settings, **({"score": score} if score else {}))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
