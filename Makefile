@@ -8,23 +8,26 @@ SET_UP := $(VENV)/.set-up
 
 demo: $(SET_UP)
 	rm -rf runs/demo
-	$(BIN)/cai run --run runs/demo --model nano --prompts pipeline/nano/prompts.jsonl \
-	  --set critique_revise.draw=cover --set critique_revise.rounds=3 --set rank.principles=5
+	$(BIN)/cai run --run runs/demo --config examples/nano.yaml --prompts pipeline/nano/prompts.jsonl
 	@echo
 	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
 	@echo
-	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Every file: docs/run-folder.md.'
+	$(BIN)/python -m pipeline.evaluate.held_out runs/demo
+	@echo
+	@echo 'Models: runs/demo/models/sft, rm, dpo. Datasets: runs/demo/datasets/. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
-	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
+	@echo '      .venv/bin/cai try --model nano --set critique_revise.draw=cover "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
 
-# The embedded model's figures in full (minutes), against their bars, and the demo's table.
+# The embedded model's figures in full, the recipe on it with three seeds, both against their bars, and the demo's tables.
 results: $(SET_UP)
 	$(BIN)/python -m pipeline.nano.measure
+	$(BIN)/python benchmarks/nano_study.py
 	$(MAKE) demo
 
+# A file's tests share what they set up, so that a file stays in one process; one thread each, for the processes share the cores.
 test: $(SET_UP) lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # vLLM brings versions of its own, so that it has an environment of its own: the build for CPUs, which tests need.
 VLLM := .venv-vllm

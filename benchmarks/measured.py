@@ -97,11 +97,11 @@ def table(runs: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, runs: Sequence[Measured], about: dict[str, Any]) -> None:
-    """`path`.csv: a line a run; `path`.json: how they were made, and the runs."""
+def write(path: Path, runs: Sequence[Any], about: dict[str, Any]) -> None:
+    """runs: named tuples of one kind. `path`.csv: a line a run; `path`.json: how they were made, and the runs."""
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Measured._fields)
+        writer.writerow(runs[0]._fields)
         writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in run] for run in runs)
     content = {**about, "runs": [run._asdict() for run in runs]}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.dataset_folder import file_sha256, read_card, verify
-from pipeline.records import line_bytes
+from pipeline.records import digest, line_bytes
 from pipeline.store import io_errors, make_folder, sync_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -99,8 +99,10 @@ class DatasetWriter:
 
 def _card(version: str, files: dict[str, Any], text: str) -> bytes:
     data_files = [{"split": name.partition(".")[0], "path": f"{version}/{name}"} for name in files]
+    # The cache of `datasets` tells folders of one name apart by their configs alone, not by path, time or content.
+    described = {"description": f"rows {digest(files)}"} if files else {}
     front = {
-        "configs": [{"config_name": "default", "data_files": data_files}],
+        "configs": [{"config_name": "default", "data_files": data_files, **described}],
         "cai": {"version": version, "files": files},
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}".encode()

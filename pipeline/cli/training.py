@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.jobs import Job as JobOfRun
     from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
     from pipeline.train.scorers import Scorer
@@ -128,7 +130,7 @@ def _train(
             job, settings = _read_job(console, trainer, **options)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+            _dry_run(console, job, getattr(settings, f"train_{trainer}"), trainer)
         else:
             in_run = None if options["out"] else options["run"]
             _carry_out(console, trainer, train, job, settings, run=in_run)
@@ -169,6 +171,7 @@ def _read_job(
         shares=settings.export.split,
         seed=settings.run.seed,
         device=settings.engine.device,
+        trackers=settings.run.trackers,
         say=console.say,
     )
     return job, settings
@@ -188,15 +191,59 @@ def _carry_out(
 
     with ExitStack() as held:
         if run:
-            made_from = ranks.first(lambda: _hold_run(console, run, settings, held))
+            made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
             job = replace(job, made_from=made_from)
         with _stop_requests() as should_stop, _watch(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
         _show(console, trainer, report)
 
 
-def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> dict[str, str]:
-    """Locks and logs the call, and keeps its inputs if it comes to its end. Returns what the data was made from."""
+def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: Callable[[], bool]) -> None:
+    """A training of `cai run`, from the run's datasets and where the trainer's own command starts.
+
+    is_late: asked after every step; the training stops then and can be resumed.
+    """
+    from pipeline import jobs
+    from pipeline.lm.load import release_memory
+    from pipeline.train import rows
+    from pipeline.train.stage import Job
+
+    run, settings = opened.run.path, opened.settings
+    release_memory()
+    job = Job(
+        sources=[rows.Source(str(run))],
+        start=jobs.start_model(run, settings, trainer, None),
+        out=run / "models" / trainer,
+        shares=settings.export.split,
+        seed=settings.run.seed,
+        device=settings.engine.device,
+        trackers=settings.run.trackers,
+        say=console.say,
+    )
+    console.say(f"train-{trainer}: start: {job.start}")
+    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
+    with _stop_requests() as should_stop, _watch(console) as watch:
+        made_from = _made_from(opened, trainer, job)
+        job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
+        report = train(job, getattr(settings, f"train_{trainer}"))
+    _show(console, trainer, report)
+    console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
+    release_memory()
+
+
+def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
+    """What of the run a training depends on, as it is now."""
+    from pipeline import jobs
+    from pipeline.train.rows import DATASETS
+
+    run = opened.run.path
+    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if str(run) in [source.path for source in job.sources] else []
+    names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
+    return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
+
+
+def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> JobOfRun:
+    """Locks and logs the call, and keeps its inputs if it comes to its end."""
     from pipeline import jobs
     from pipeline.calllog import logged
     from pipeline.lock import locked
@@ -210,25 +257,25 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
             jobs.keep_inputs(opened)
 
     held.push(keep)
-    return {"constitution": opened.constitution.digest}
+    return opened
 
 
-def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
+def _dry_run(console: Console, job: Job, settings: TrainSettings, trainer: str) -> None:
     from pipeline.train.stage import plan
 
-    found = plan(job, settings, kind)
+    found = plan(job, settings, KINDS[trainer], "score" if trainer == "rm" else "language")
     memory = found.memory
     console.report["counts"] = {
         **found.counts,
         "steps": found.steps,
-        "memory": {**memory._asdict(), "total": memory.total},
+        "memory": {**memory._asdict(), "total": memory.total, "advice": found.advice},
     }
     for split, counts in found.counts.items():
         console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     console.show(f"steps         {found.steps:>12,}")
     for part in ("weights", "gradients", "optimizer", "activations", "total", "free"):
         console.show(f"{part:<12}  {getattr(memory, part) / 2**20:>12,.1f}  MiB")
-    console.show(memory.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
+    console.show(found.advice or f"fits, with microbatches of up to {memory.tokens} tokens")
 
 
 def _show(console: Console, trainer: str, report: Report) -> None:

@@ -133,6 +133,32 @@ class ExportSettings(Section):
     format: Literal["messages", "text"] = "messages"
 
 
+Trainer = Literal["sft", "rm", "dpo", "rrhf"]
+
+
+class RecipeSettings(Section):
+    """phases: 1 ends with the SFT model. pairs: what preferences are made from.
+
+    trainers: auto: sft, rm and dpo where the run has a model of its own, and a GPU or the embedded model.
+    """
+
+    phases: Annotated[int, Field(ge=1, le=2)] = 2
+    pairs: Literal["samples", "revisions", "both"] = "samples"
+    trainers: tuple[Trainer, ...] | Literal["auto"] = "auto"
+
+
+class LoraSettings(Section):
+    """Adapters of rank r beside frozen weights, scaled by alpha / r (Hu et al. 2021, arXiv 2106.09685).
+
+    quantize: of the frozen weights, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+    """
+
+    r: Count = 16
+    alpha: Count = 32
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    quantize: Literal["4bit"] | None = None
+
+
 class TrainSettings(Section):
     """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
 
@@ -153,6 +179,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     microbatch_tokens: Count = 8192
     gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_every: Count | None = None
     save_every: Count | None = None
@@ -201,13 +228,17 @@ class TrainRrhfSettings(TrainSettings):
 
 
 class RunSettings(Section):
-    """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies."""
+    """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies.
+
+    trackers: where trainings show their metrics besides metrics.jsonl.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_failed_share: Share = 0.01
     budget_tokens: Count | None = None
     budget_cost: Annotated[float, Field(gt=0)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = None
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 class Settings(Section):
@@ -226,6 +257,7 @@ class Settings(Section):
     critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
     rank: RankSettings = RankSettings()
     export: ExportSettings = ExportSettings()
+    recipe: RecipeSettings = RecipeSettings()
     train_sft: TrainSftSettings = TrainSftSettings()
     train_rm: TrainRmSettings = TrainRmSettings()
     train_dpo: TrainDpoSettings = TrainDpoSettings()

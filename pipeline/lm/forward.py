@@ -16,7 +16,8 @@ from pipeline.errors import EngineRefused
 from pipeline.lm.head import token_logps
 from pipeline.lm.packed import PACKED, pack
 
-_TOLERANCE = 1e-3  # nats, of a token in fp32
+_TOLERANCE = {torch.float32: 1e-3}  # nats, of a token
+_HALF_TOLERANCE = 0.1  # half precision moves log-probabilities much further
 
 
 class Group(NamedTuple):
@@ -179,4 +180,5 @@ def _agrees(model: Any, groups: Sequence[Group], plain: Tensor) -> bool:
         found = completion_logps(model, groups).tokens if has_head else completion_ends(model, groups)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False
-    return bool((found - plain).abs().max() <= _TOLERANCE * plain.abs().max().clamp(min=1))
+    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    return bool((found - plain).abs().max() <= tolerance * plain.abs().max().clamp(min=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -14,11 +15,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, is_bitsandbytes_available, logging
 
 from pipeline.errors import EngineRefused, ResourceError
+from pipeline.lm.adapter import adapter_digest, base_of, merge
+from pipeline.lm.folder import check_name
 from pipeline.records import digest
 
 _DTYPES = {
@@ -29,6 +33,7 @@ _DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+Head = Literal["language", "score"]
 _HASH_BYTES = 1 << 24
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -51,32 +56,40 @@ def load(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    head: Literal["language", "score"] = "language",
+    head: Head = "language",
+    quantize: Literal["4bit"] | None = None,
 ) -> Loaded:
     """Loads a folder or a hub name; safetensors only, no code from the model's repository.
 
+    model: may be the folder of a LoRA adapter, which becomes part of its model's weights.
     head: score for a reward model, one number a row; a language model gets a head of zeros in place of its own.
-    dtype: auto (float32 on a CPU, else what the weights are stored in), float32, bfloat16, float16.
-    device: auto (CUDA, then MPS, then CPU) or a torch device. Raises EngineRefused, one line, when it cannot be.
+    dtype: auto (float32 on a CPU, else what the weights are stored in), stored, float32, bfloat16, float16.
+    device: auto (CUDA, then MPS, then CPU) or a torch device. quantize: the weights of all layers, to be trained on
+    only. Raises EngineRefused, one line, when it cannot be.
     """
     logging.disable_progress_bar()  # what goes to stderr is the caller's affair
-    where = pick_device(device)
-    config, tokenizer = _open(AutoConfig, model, revision), load_tokenizer(model, revision=revision)
+    where, base = pick_device(device), base_of(model)
+    config, tokenizer = load_config(model, revision=revision), load_tokenizer(model, revision=revision)
     kind = pick_dtype(dtype, where, config)
     # The fused attention kernels leave out the soft cap on attention scores (Gemma 2).
     attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     options = {"dtype": kind, "use_safetensors": True, "attn_implementation": attention}
+    if quantize:
+        options |= _quantization(base != model, where)
     if head == "score":
-        loaded = _open_reward_model(model, revision, **options)
+        loaded = _open_reward_model(base, revision, **options)
     else:
-        loaded = _open(AutoModelForCausalLM, model, revision, **options)
+        loaded = _open(AutoModelForCausalLM, base, revision, **options)
+    if base != model:
+        loaded = merge(loaded, Path(model))
     try:
-        loaded = loaded.to(where).eval()
+        loaded = (loaded if quantize else loaded.to(where)).eval()  # quantised weights lie there already
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"{model}: does not fit into the memory of {where}; use engine.device: cpu") from error
     identity = {
         **fingerprint(config, tokenizer, dtype=kind),
         "weights": _weights(model, config, revision),
+        **({"quantize": quantize} if quantize else {}),
         "eos": json.dumps(getattr(getattr(loaded, "generation_config", None), "eos_token_id", None)),
     }
     return Loaded(loaded, tokenizer, identity)
@@ -97,9 +110,9 @@ class Identity(NamedTuple):
 
 def identify(model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> Identity:
     """Everything about a folder or a hub name but its weights, which are only hashed. Raises EngineRefused."""
-    config, tokenizer = _open(AutoConfig, model, revision), load_tokenizer(model, revision=revision)
+    config, tokenizer = load_config(model, revision=revision), load_tokenizer(model, revision=revision)
     try:
-        generation = GenerationConfig.from_pretrained(model, revision=revision)
+        generation = GenerationConfig.from_pretrained(base_of(model), revision=revision)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     kind = pick_dtype(dtype, pick_device(device), config)
@@ -113,6 +126,13 @@ def identify(model: str, *, revision: str | None = None, dtype: str = "auto", de
     return Identity(tokenizer, kind, ends(text, generation), context, identity)
 
 
+def release_memory() -> None:
+    """Gives back the accelerator's memory of models that nobody holds any more, for an engine that starts next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def ends(*configs: Any) -> list[int]:
     """Tokens that end a reply by a model's own configurations."""
     values = [getattr(config, "eos_token_id", None) for config in configs]
@@ -121,19 +141,40 @@ def ends(*configs: Any) -> list[int]:
 
 def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     """The tokenizer alone. Raises EngineRefused."""
-    tokenizer = _open(AutoTokenizer, model, revision)
+    has_own = Path(model, "tokenizer.json").exists()
+    tokenizer = _open(AutoTokenizer, model if has_own else base_of(model), revision)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise EngineRefused(f"model {model}: its tokenizer has no tokenizer.json form; save it as a fast tokenizer")
     return tokenizer
 
 
+def load_config(model: str, *, revision: str | None = None) -> Any:
+    """The configuration alone, of an adapter's folder that of its model. Raises EngineRefused."""
+    return _open(AutoConfig, base_of(model), revision)
+
+
 def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
-    if not Path(model).is_dir() and (model.count("/") > 1 or model.startswith(("/", ".", "~"))):
-        raise EngineRefused(f"model {model}: no such folder; check engine.model, or use nano, the embedded model")
+    check_name(model)
     try:
         return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineRefused(_refusal(model, revision, error)) from error
+
+
+def _quantization(is_adapter: bool, where: torch.device) -> dict[str, Any]:
+    """NF4 with nested scales (Dettmers et al. 2023, section 3), for bitsandbytes."""
+    if is_adapter:
+        raise EngineRefused("quantize: 4bit cannot start from an adapter; start from the merged model beside it")
+    if not is_bitsandbytes_available():
+        raise EngineRefused("quantize: 4bit needs bitsandbytes: pip install 'constitutional-pipeline[qlora]'")
+    kind = torch.bfloat16
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=kind,
+    )
+    return {"quantization_config": config, "device_map": {"": where}, "dtype": kind}
 
 
 def _open_reward_model(model: str, revision: str | None, **options: Any) -> Any:
@@ -151,10 +192,7 @@ def _open_reward_model(model: str, revision: str | None, **options: Any) -> Any:
 def _refusal(model: str, revision: str | None, error: Exception) -> str:
     at = f" at revision {revision}" if revision else ""
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    folder = Path(model)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        return f"model {model}: the folder holds no config.json; give a Hugging Face model folder"
-    if folder.is_dir():
+    if Path(model).is_dir():
         return f"model {model}: cannot be loaded ({reason}); it needs config, tokenizer and safetensors weights"
     return (
         f"model {model}{at}: neither a folder here nor a model that can be had ({reason}); "
@@ -177,12 +215,17 @@ def pick_device(device: str) -> torch.device:
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
     """The dtype of the weights. Raises EngineRefused for an unknown name."""
-    if dtype == "auto":
-        stored = getattr(config, "dtype", None)
-        return stored if device.type == "cuda" and isinstance(stored, torch.dtype) else torch.float32
+    if dtype in ("auto", "stored"):
+        stored = getattr(config, "dtype", None) if dtype == "stored" or device.type == "cuda" else None
+        return stored if isinstance(stored, torch.dtype) else torch.float32
     if dtype not in _DTYPES:
         raise EngineRefused(f"engine.dtype: {dtype} is unknown; use auto, float32, bfloat16 or float16")
     return _DTYPES[dtype]
+
+
+def stored_dtype(model: str) -> torch.dtype:
+    """What a model's weights are stored in, float32 if it does not say. Raises EngineRefused."""
+    return pick_dtype("stored", torch.device("cpu"), load_config(model))
 
 
 def fingerprint(config: Any, tokenizer: Any, *, dtype: torch.dtype) -> dict[str, str]:
@@ -198,6 +241,8 @@ def fingerprint(config: Any, tokenizer: Any, *, dtype: torch.dtype) -> dict[str,
 
 def _weights(model: str, config: Any, revision: str | None) -> str:
     """The hub's commit of a hub model; of a folder, or where no commit is known, a hash of the files."""
+    if (base := base_of(model)) != model:
+        return digest([_weights(base, config, revision), adapter_digest(Path(model))])
     if Path(model).is_dir():
         return hash_weights(Path(model))
     if commit := getattr(config, "_commit_hash", None):

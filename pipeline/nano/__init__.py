@@ -14,5 +14,5 @@ def path() -> Path:
 
 
 def example_prompts() -> Path:
-    """200 prompts of the embedded model's world: JSONL with `messages` and `tags`."""
+    """400 prompts of the embedded model's world: JSONL with `messages` and `tags`."""
     return Path(__file__).parent / "prompts.jsonl"

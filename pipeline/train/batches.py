@@ -36,8 +36,8 @@ NOTHING = Fresh((), ())
 class Data:
     """Tokenised rows in flat arrays: all tokens one after the other, and where each prompt and completion ends.
 
-    left_out: reason -> rows. num_cut: rows whose prompt lost its beginning. fresh: row -> what it has besides; no part
-    of `completions` and `digest`.
+    left_out: reason -> rows. longest: id and tokens of the longest row that was too long. num_cut: rows whose prompt
+    lost its beginning. fresh: row -> what it has besides; no part of `completions` and `digest`.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,7 @@ class Data:
         self._first = array("q", [0])  # of each row, the number of its prompt's piece
         self.left_out: Counter[str] = Counter()
         self.num_cut = 0
+        self.longest = ("", 0)
         self.fresh: dict[int, Fresh] = {}
 
     def __len__(self) -> int:
@@ -144,6 +145,8 @@ def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong
         data.add(row, prompt[len(prompt) - room :], completions)
     else:
         data.left_out["too_long"] += 1
+        length = len(prompt) + max(map(len, completions))
+        data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
         return False
     return True
 

@@ -14,8 +14,8 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +34,8 @@ from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, 
 
 KEPT = 2
 """Newest checkpoints that are kept, one in case the other is damaged."""
+NAMED = 5
+"""Rows that a message names."""
 
 
 class Terms(NamedTuple):
@@ -177,19 +179,36 @@ class _Run:
 
     def _by_itself(self, action: Callable[[], Tally]) -> Tally:
         """Where processes compute without one another they can tell of an error; in FSDP the others wait inside."""
-        return action() if shards.is_sharded(self.model) else ranks.together(action)
+        if not shards.is_sharded(self.model):
+            return ranks.together(action)
+        with ranks.lost_peers():
+            return action()
 
     def _pass(self, data: Data, rows: Sequence[int], *, num_terms: int | None = None) -> Tally:
         """This process's share of the rows through the model; backward, too, if the number of all terms is given."""
         tally, shortest = Tally(), min(rows, key=data.num_tokens)
         share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": self.settings.microbatch_tokens}
         for part in dealt_microbatches(data, rows, **share):
-            terms = self._terms(data, part or [shortest])
-            if num_terms:
-                (terms.losses.sum() * (len(part) > 0) / num_terms).backward()
+            with self._enough_memory(data, part):
+                terms = self._terms(data, part or [shortest])
+                if num_terms:
+                    (terms.losses.sum() * (len(part) > 0) / num_terms).backward()
             if part:
                 tally.add(terms)
         return tally
+
+    @contextmanager
+    def _enough_memory(self, data: Data, rows: Sequence[int]) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            num_tokens = sum(map(data.num_tokens, rows))
+            raise ResourceError(
+                f"{self.task.folder}: step {self.step + 1}: out of memory with {num_tokens} tokens "
+                f"({_names(data, rows)}); lower microbatch_tokens or max_length, or set gradient_checkpointing"
+            ) from error
 
     def _terms(self, data: Data, rows: Sequence[int]) -> Terms:
         with autocast(self.model, self.settings):
@@ -199,8 +218,7 @@ class _Run:
         if all(map(math.isfinite, found.values())):
             return
         values = ", ".join(f"{name} {value}" for name, value in found.items())
-        ids = ", ".join(data.ids[row] for row in rows[:5])
-        at = f"{self.task.folder}: step {self.step + (data is self.task.train)}: {values} (rows {ids}, …)"
+        at = f"{self.task.folder}: step {self.step + (data is self.task.train)}: {values} ({_names(data, rows)})"
         raise ranks.shared(DivergedError(f"{at}; lower the learning rate, or look at these rows"))
 
     def evaluate(self) -> Line:
@@ -291,6 +309,10 @@ class _Run:
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(shards.like(tensors[name], parameter))
+
+
+def _names(data: Data, rows: Sequence[int]) -> str:
+    return "rows " + ", ".join(data.ids[row] for row in rows[:NAMED]) + (", …" if len(rows) > NAMED else "")
 
 
 class Tally:

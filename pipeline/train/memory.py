@@ -8,20 +8,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pipeline.config.settings import TrainSettings
-from pipeline.lm.forward import Group, completion_logps
-from pipeline.lm.load import pick_device
+from pipeline.config.settings import LoraSettings, TrainSettings
+from pipeline.lm.forward import Group, completion_ends, completion_logps
+from pipeline.lm.load import Head, load_config, pick_device, stored_dtype
 from pipeline.lm.packed import PACKED
 from pipeline.train.batches import Data, microbatches
-from pipeline.train.loop import silence_dropout
+from pipeline.train.loop import compute_dtype, silence_dropout
+from pipeline.train.lora import attach
 
 _SHARE = 0.9  # of the free memory that may be used
+_NF4_BYTES = 0.5 + 0.127 / 8  # of a weight, with its nested scales: Dettmers et al. 2023, section 3
 
 
 class Memory(NamedTuple):
-    """All in bytes. activations: of the longest microbatch, `tokens` long."""
+    """All in bytes. activations: of the longest microbatch, `tokens` long, with the casts of weights they need."""
 
     weights: int
     gradients: int
@@ -35,43 +37,116 @@ class Memory(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.activations
 
     @property
-    def advice(self) -> str:
-        """What would fit, '' if this does."""
-        fixed, room = self.total - self.activations, int(self.free * _SHARE)
-        if self.total <= room:
-            return ""
-        if fixed >= room:
-            return "weights, gradients and optimiser alone do not fit; take a smaller model or a larger machine"
-        fitting = int(self.tokens * (room - fixed) / self.activations)
-        return f"does not fit; microbatch_tokens: {fitting} would, or gradient_checkpointing: true"
+    def room(self) -> int:
+        return int(self.free * _SHARE)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.room
 
 
-def measure(start: str, data: Data, settings: TrainSettings, device: str) -> Memory:
-    """Weights in fp32, one gradient and two moments for each; activations as a forward pass keeps them, all layers."""
-    where = pick_device(device)
-    config = AutoConfig.from_pretrained(start)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    if settings.precision == "bfloat16" or (settings.precision == "auto" and where.type == "cuda"):
+def measure(start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> Memory:
+    """Weights, a gradient and two moments of what is trained, and activations as a forward pass keeps them."""
+    kind = pick_device(device).type
+    model = _hollow(start, settings, head)
+    sizes = _sizes(model, start, settings, kind)
+    is_half = compute_dtype(settings, kind) == torch.bfloat16
+    casts = sum(2 * weight.numel() for weight in _linear_weights(model) if is_half and sizes[weight] == 4)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = sum(int(parameter.numel() * size) for parameter, size in sizes.items())
+    if is_half:
         model.to(torch.bfloat16)
-    model.set_attn_implementation(PACKED)
-    parts = microbatches(data, range(len(data)), max_tokens=settings.microbatch_tokens)
-    longest = max(parts, key=lambda part: sum(map(data.num_tokens, part)))
-    groups = [data.group(row) for row in longest]
-    activations = kept_bytes(model.eval(), groups)
-    if settings.gradient_checkpointing:
-        one_layer = activations // config.get_text_config().num_hidden_layers
-        silence_dropout(model, settings)
-        activations = kept_bytes(model, groups) + one_layer
+    longest = max(_parts(data, settings), key=lambda part: sum(map(data.num_tokens, part)))
     return Memory(
-        weights=4 * num_parameters,
-        gradients=4 * num_parameters,
-        optimizer=8 * num_parameters,
-        activations=activations,
+        weights=weights,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        activations=_activations(model, [data.group(row) for row in longest], settings) + casts,
         tokens=sum(map(data.num_tokens, longest)),
-        free=_free_bytes(where),
+        free=_free_bytes(pick_device(device)),
     )
+
+
+def advise(memory: Memory, start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> str:
+    """What would fit and what it needs, '' if this does."""
+    if memory.fits:
+        return ""
+    found = []
+    for update in _smaller(memory, data, settings):
+        tried = measure(start, data, settings.model_copy(update=update), device, head)
+        if tried.total <= memory.room:
+            words = ", ".join(f"{name}: {_words(value)}" for name, value in update.items())
+            found.append(f"{words} ({tried.total / 2**20:,.0f} MiB)")
+    if not found:
+        return "does not fit, and no setting makes it fit; take a smaller model or a larger machine"
+    return f"does not fit into {memory.room / 2**20:,.0f} MiB; this would: {'; or '.join(found)}"
+
+
+def _smaller(memory: Memory, data: Data, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Changes that need less memory, the mildest first."""
+    updates: list[dict[str, Any]] = []
+    longest = max(map(data.num_tokens, range(len(data))))
+    left = memory.room - (memory.total - memory.activations)
+    fitting = int(memory.tokens * left / memory.activations)
+    if fitting >= longest:
+        updates.append({"microbatch_tokens": fitting})
+    spared = {} if settings.gradient_checkpointing else {"gradient_checkpointing": True}
+    loras = [] if settings.lora else [LoraSettings()]
+    if not (settings.lora and settings.lora.quantize):
+        loras.append((settings.lora or LoraSettings()).model_copy(update={"quantize": "4bit"}))
+    updates += [spared] if spared else []
+    for lora in loras:
+        updates += [{"lora": lora}, {"lora": lora, **spared, "microbatch_tokens": longest}]
+    return updates
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, LoraSettings):
+        return f"{{r: {value.r}{', quantize: 4bit' if value.quantize else ''}}}"
+    return str(value).lower()
+
+
+def _hollow(start: str, settings: TrainSettings, head: Head) -> Any:
+    """The model that is trained, on no device."""
+    config = load_config(start)
+    with torch.device("meta"):
+        if head == "score":
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if settings.lora:
+            attach(model, settings.lora, head=head, seed=0)
+    model.set_attn_implementation(PACKED)
+    return model.eval()
+
+
+def _sizes(model: Any, start: str, settings: TrainSettings, kind: str) -> dict[Tensor, float]:
+    """Bytes of each number of a parameter."""
+    lora = settings.lora
+    frozen: float = 4
+    if lora and (lora.quantize or (kind == "cuda" and settings.precision != "float32")):
+        frozen = torch.bfloat16.itemsize if lora.quantize else stored_dtype(start).itemsize
+    sizes = {parameter: 4 if parameter.requires_grad else frozen for parameter in model.parameters()}
+    if lora and lora.quantize:
+        sizes |= {weight: _NF4_BYTES for weight in _linear_weights(model.base_model) if not weight.requires_grad}
+    return sizes
+
+
+def _linear_weights(model: Any) -> list[Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def _parts(data: Data, settings: TrainSettings) -> list[list[int]]:
+    return list(microbatches(data, range(len(data)), max_tokens=settings.microbatch_tokens))
+
+
+def _activations(model: Any, groups: Sequence[Group], settings: TrainSettings) -> int:
+    everything = kept_bytes(model, groups)
+    if not settings.gradient_checkpointing:
+        return everything
+    silence_dropout(model, settings)
+    return kept_bytes(model, groups) + everything // model.config.get_text_config().num_hidden_layers
 
 
 def kept_bytes(model: Any, groups: Sequence[Group]) -> int:
@@ -84,7 +159,10 @@ def kept_bytes(model: Any, groups: Sequence[Group]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        completion_logps(model, groups)
+        if model.get_output_embeddings() is None:
+            model.score(completion_ends(model, groups))
+        else:
+            completion_logps(model, groups)
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import CaiError, PeerError, UsageError
+from pipeline.errors import CaiError, PeerError, StoppedError, UsageError
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)  # for another process that writes or reads alone; torchrun ends those whose peer died
@@ -50,7 +50,7 @@ def gather(value: T) -> list[T]:
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
-    with _lost_peers():
+    with lost_peers():
         dist.all_gather_object(values, value)
     return values
 
@@ -67,7 +67,7 @@ def first(action: Callable[[], T]) -> T:
     result, error = _attempt(action) if rank() == 0 else (None, None)
     told: list[Any] = [_code(error), result]
     if size() > 1:
-        with _lost_peers():
+        with lost_peers():
             dist.broadcast_object_list(told, 0)
     _raise_first(told[:1], error)
     return told[1]
@@ -84,7 +84,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         return
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        with _lost_peers():
+        with lost_peers():
             dist.all_reduce(flat)
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -128,9 +128,11 @@ def _raise_first(codes: Sequence[int | None], own: CaiError | None) -> None:
 
 
 @contextmanager
-def _lost_peers() -> Iterator[None]:
-    """The connection to a process that ended is closed; what ended it is said there."""
+def lost_peers() -> Iterator[None]:
+    """The connection to a process that ended is closed; what ended it is said there, if it could."""
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(PeerError.exit_code) from error
+        if "peer" not in str(error):
+            raise
+        raise StoppedError("lost another process of this training; the same command goes on here") from error

@@ -19,13 +19,16 @@ from pipeline.train import ranks
 from pipeline.train.batches import Data, dealt_microbatches
 from pipeline.train.checkpoints import save_tensors
 from pipeline.train.loop import autocast
+from pipeline.train.lora import adapters_off
 from pipeline.train.shards import compute
 
 
 def reference_logps(
     model: Any, fingerprint: dict[str, str], data: Data, settings: TrainSettings, folder: Path
 ) -> Tensor:
-    """(N,) summed log-probabilities of all completions of the data. model: not trained yet, `fingerprint` its identity.
+    """(N,) summed log-probabilities of all completions of the data.
+
+    model: not trained yet but for its adapters, which are switched off; `fingerprint`: its identity.
 
     folder: where they are kept, under a hash of weights, tokens and precision.
     """
@@ -61,7 +64,7 @@ def compute_logps(model: Any, data: Data, settings: TrainSettings) -> Tensor:
     share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": settings.microbatch_tokens}
     for rows in dealt_microbatches(data, range(len(data)), **share):
         groups = [data.group(row) for row in rows or [0]]
-        with autocast(model, settings):
+        with adapters_off(model), autocast(model, settings):
             found = compute(model, partial(completion_logps, model, groups)).sums
         if rows:
             logps[[number for row in rows for number in data.completions(row)]] = found.float().cpu()

@@ -12,15 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
-
-import torch
-from transformers import AutoConfig
+from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
 from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import load, load_tokenizer, pick_device
+from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
@@ -30,9 +27,10 @@ from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, Refresher, Task, compute_dtype, fit, silence_dropout
-from pipeline.train.memory import Memory, measure
-from pipeline.train.shards import gather as gather_shards
-from pipeline.train.shards import shard
+from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
+from pipeline.train.memory import Memory, advise, measure
+from pipeline.train.shards import fill, shard, skeleton
+from pipeline.train.trackers import TENSORBOARD, check_installed, following
 
 
 def _ignore(_: Any) -> None:
@@ -43,7 +41,7 @@ def _ignore(_: Any) -> None:
 class Job:
     """What to train. start: a model folder or hub name. out: the folder to be made. shares: of `export.split`.
 
-    made_from: name -> digest of what the data was made from, for the card.
+    made_from: name -> digest of what the data was made from, for the card. trackers: as `run.trackers` names them.
     """
 
     sources: Sequence[rows.Source]
@@ -53,6 +51,7 @@ class Job:
     seed: int = 0
     device: str = "auto"
     made_from: dict[str, str] = field(default_factory=dict)
+    trackers: Sequence[str] = ()
     watch: Callable[[Progress], None] = _ignore
     say: Callable[[str], None] = _ignore
     should_stop: Callable[[], bool] = lambda: False
@@ -91,7 +90,7 @@ def train(
     trainer: str,
     kind: Kind,
     make_objective: Callable[[Opened], Objective],
-    head: Literal["language", "score"] = "language",
+    head: Head = "language",
     make_extras: Callable[[Opened], Extras] = lambda opened: Extras(),
     other_models: Mapping[str, dict[str, str]] = MappingProxyType({}),
 ) -> Report:
@@ -99,10 +98,9 @@ def train(
 
     other_models: fingerprints of models that take part, by what they do.
     """
+    check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
-    loaded = ranks.together(
-        lambda: load(job.start, dtype="float32", device="cpu" if divides else job.device, head=head)
-    )
+    loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
     _check_sizes(model, loaded.tokenizer, job.start)
     chat = Chat(loaded.tokenizer)
@@ -114,16 +112,19 @@ def train(
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
     prepare(model)
+    adapted = attach(model, settings.lora, head=head, seed=job.seed) if settings.lora else None
     silence_dropout(model, settings)
     if head == "score":
         _keep_pad_apart(model, loaded.tokenizer)
+    trained = model
     if divides:
+        model = skeleton(model)
         device = pick_device(job.device)
-        shard(model, device, compute_dtype(settings, device.type))
-    opened = Opened(model, data["train"], data["test"], loaded.fingerprint, chat)
+        shard(trained, device, compute_dtype(settings, device.type))
+    opened = Opened(trained, data["train"], data["test"], loaded.fingerprint, chat)
     extras, objective = make_extras(opened), make_objective(opened)
-    task = Task(model, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
-    outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
+    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
+    outcome = _fit(job, task, identity)
     description = {
         "trainer": trainer,
         "identity": identity,
@@ -136,25 +137,56 @@ def train(
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    gather_shards(model)
-    ranks.first(lambda: publish(model, loaded.tokenizer, job, folder, description))
+    if divides:
+        fill(model, trained)
+    ranks.first(lambda: publish(model, adapted, loaded.tokenizer, job, folder, description))
     return Report(job.out, outcome, counts, is_new=True)
 
 
+def _fit(job: Job, task: Task, identity: str) -> Outcome:
+    names = job.trackers if ranks.rank() == 0 else ()
+    shown = task.settings.model_dump(mode="json")
+    with following(names, task.folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
+
+        def watch(progress: Progress) -> None:
+            follow()
+            job.watch(progress)
+
+        return fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
+
+
+def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Loaded:
+    """The start: in fp32 if all of it is trained, frozen weights also as they are stored. divides: by FSDP, later."""
+    lora = settings.lora
+    if divides and lora and lora.quantize:
+        raise UsageError("parallel: fsdp cannot divide weights of 4 bits; use parallel: ddp, or no lora.quantize")
+    is_frozen = lora and not divides and settings.precision != "float32"
+    return load(
+        job.start,
+        dtype="auto" if is_frozen else "float32",
+        device="cpu" if divides else job.device,
+        head=head,
+        quantize=lora.quantize if lora else None,
+    )
+
+
 class Plan(NamedTuple):
-    """What a training would do."""
+    """What a training would do. advice: what would fit into memory, '' if this does."""
 
     counts: dict[str, Any]
     steps: int
     memory: Memory
+    advice: str
 
 
-def plan(job: Job, settings: TrainSettings, kind: Kind) -> Plan:
+def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     """Reads and tokenises, and loads no weights."""
-    config = AutoConfig.from_pretrained(job.start)
+    config = load_config(job.start)
     data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
-    return Plan(_counts(data), steps, measure(job.start, data["train"], settings, job.device))
+    need = (job.start, data["train"], settings, job.device, head)
+    memory = measure(*need)
+    return Plan(_counts(data), steps, memory, advise(memory, *need))
 
 
 def _counts(data: dict[str, Data]) -> dict[str, Any]:
@@ -172,27 +204,42 @@ def read_data(
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
-            job.say(f"{split}: {lost} rows longer than {max_length} tokens left out; max_length, too_long: cut")
+            id, length = data[split].longest
+            job.say(
+                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; "
+                "set max_length, or too_long: cut"
+            )
     if not len(data["train"]):
-        raise IncompleteError(f"all rows are longer than {max_length} tokens; set max_length, or too_long: cut")
+        id, length = data["train"].longest
+        raise IncompleteError(
+            f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
+            "set max_length, or too_long: cut"
+        )
     return data, tallies
 
 
-def publish(model: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
-    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes."""
+def publish(model: Any, adapted: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
+    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes.
+
+    adapted: what `attach` gave; then the model is the start with the adapter in its weights, and has it in a folder.
+    """
     ready = folder / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     with io_errors(ready):
-        model.to(_stored_dtype(job.start))
-        model.save_pretrained(ready)
+        if adapted:
+            save_adapter(adapted, model, ready / ADAPTER)
+            model = merged(job.start, ready / ADAPTER, like=model)
+        model.to(stored_dtype(job.start)).save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         shutil.copyfile(folder / "metrics.jsonl", ready / "metrics.jsonl")
+        if TENSORBOARD in job.trackers:
+            shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
     draw_curves(ready / "metrics.jsonl", ready / "curves.png")
     write_card(ready / "README.md", description)
     write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
     old = folder / "old"
     with io_errors(job.out):
-        for path in ready.iterdir():
+        for path in ready.rglob("*"):
             _sync(path)
         if job.out.exists():
             os.rename(job.out, old)
@@ -202,8 +249,11 @@ def publish(model: Any, tokenizer: Any, job: Job, folder: Path, description: dic
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    if path.is_dir():
+        sync_folder(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _published(out: Path, identity: str) -> dict[str, Any] | None:
@@ -246,8 +296,3 @@ def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
 
 def _context(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-
-
-def _stored_dtype(start: str) -> torch.dtype:
-    stored = getattr(AutoConfig.from_pretrained(start), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32

@@ -65,6 +65,15 @@ def test_the_same_rows_make_no_new_version_and_a_new_card_text_none_either(tmp_p
     assert publish(tmp_path, "ab").version == "v0003"
 
 
+def test_datasets_keeps_two_runs_apart_in_its_cache(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    for run, ids in (("one", "ab"), ("two", "abc"), ("three", "abd")):
+        publish(tmp_path / run / "sft", ids)
+        loaded = load_dataset(str(tmp_path / run / "sft"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert loaded["id"][:] == list(ids)
+
+
 def test_a_dataset_without_rows_leaves_nothing_unless_it_had_some(tmp_path: Path) -> None:
     from datasets import load_dataset
 

@@ -132,7 +132,9 @@ def test_a_critique_names_fault_and_request():
 def test_the_example_prompts_are_what_their_seed_gives():
     lines = [json.loads(line) for line in example_prompts().read_text(encoding="utf-8").splitlines()]
     assert lines == examples.example_lines()
-    assert len(lines) == 200
+    assert len(lines) == 400
     tagged = [(world.find_request(line["messages"]).harmful, line["tags"]) for line in lines]
     assert {(True, "harmful"), (False, "benign")} == {(harmful, tags[0]) for harmful, tags in tagged}
     assert any(len(line["messages"]) > 2 for line in lines)
+    asked = [world.find_request(line["messages"]) for line in lines]
+    assert not any(world.held_out(request.verb, request.object) for request in asked)
