@@ -84,14 +84,14 @@ def _describe(chain: Chain, meter: Meter) -> tuple[str, str, str, str]:
     answered = f"{journal.asked} answered, {journal.replayed} from the journal"
     lost = f", {progress.failed} records lost" if progress.failed else ""
     return (
-        f"{progress.done} of {progress.total} records" + ("" if left is None else f", about {_duration(left)} left"),
+        f"{progress.done} of {progress.total} records" + ("" if left is None else f", about {duration(left)} left"),
         f"tokens/s in {rates.tokens_in:.0f}{cached}, out {rates.tokens_out:.0f}",
         f"requests: {running} running, {waiting} waiting, {answered}",
         f"{progress.failures} failures{lost}",
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

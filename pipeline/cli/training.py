@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cli.common import Console, command, run_option, settings_options
+from pipeline.cli.progress import duration
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 LINE_EVERY_S = 30.0
+PACE_STEPS = 50
+"""Over so many steps the speed is measured."""
 KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
 
 
@@ -307,33 +311,46 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def _watch(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line every 30 s elsewhere."""
-    began = time.monotonic()
     if console.quiet:
         yield lambda progress: None
-    elif not sys.stderr.isatty():
-        last = [began]
+    elif not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        pace, last = _Pace(), [time.monotonic()]
 
         def line(progress: Progress) -> None:
+            told = pace.describe(progress)
             if time.monotonic() - last[0] >= LINE_EVERY_S:
                 last[0] = time.monotonic()
-                console.say(f"step {progress.step} of {progress.total}; {_rates(progress, last[0] - began)}")
+                console.say(f"step {progress.step} of {progress.total}; {told}")
 
         yield line
     else:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-        with Bar(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True)) as bar:
-            task = bar.add_task("")
+        with Bar(*columns, console=RichConsole(stderr=True)) as bar:
+            pace, task = _Pace(), bar.add_task("", total=None)
 
             def draw(progress: Progress) -> None:
-                rates = _rates(progress, time.monotonic() - began)
-                bar.update(task, completed=progress.step, total=progress.total, description=rates)
+                bar.update(task, completed=progress.step, total=progress.total, description=pace.describe(progress))
 
             yield draw
 
 
-def _rates(progress: Progress, seconds: float) -> str:
-    return f"loss {progress.line['loss']:.4f}, {progress.tokens / max(seconds, 1e-9):.0f} tokens/s"
+class _Pace:
+    """What a training does in a second, from its last steps; what was done before a resume does not count."""
+
+    def __init__(self) -> None:
+        self.marks: deque[tuple[float, Progress]] = deque(maxlen=PACE_STEPS)
+
+    def describe(self, progress: Progress) -> str:
+        """Loss and, from the second step on, tokens a second and the time left."""
+        self.marks.append((time.monotonic(), progress))
+        (began, first), (now, last) = self.marks[0], self.marks[-1]
+        loss = f"loss {progress.line['loss']:.4f}"
+        if first is last:
+            return loss
+        rate = (last.tokens - first.tokens) / (now - began)
+        left = (last.total - last.step) * (now - began) / (last.step - first.step)
+        return f"{loss}, {rate:.0f} tokens/s, about {duration(left)} left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -19,11 +20,13 @@ class Best:
         self.step = self.stale = 0
         self.metrics: dict[str, float] = {}
 
+    def check(self, names: Collection[str]) -> None:
+        """Raises UsageError if an evaluation with these metrics lacks the one that decides."""
+        if self.metric not in names:
+            raise UsageError(f"select: an evaluation has no {self.metric}; take one of {', '.join(sorted(names))}")
+
     def take(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether this evaluation is better than all before it. Raises UsageError if it lacks the metric."""
-        if self.metric not in metrics:
-            known = ", ".join(metrics)
-            raise UsageError(f"select: an evaluation has no metric {self.metric!r}; it has {known}")
+        """Whether this evaluation is better than all before it."""
         is_better = not self.step or self.sign * metrics[self.metric] < self.sign * self.metrics[self.metric]
         self.stale = 0 if is_better else self.stale + 1
         if is_better:

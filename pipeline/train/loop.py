@@ -118,6 +118,7 @@ def fit(
     silence_dropout(task.model, task.settings)
     run = _Run(task)
     run.resume(warn)
+    run.check_select()
     while run.step < run.total and not run.has_stalled():
         began = time.perf_counter()
         line = run.train_step()
@@ -233,6 +234,14 @@ class _Run:
         if metrics and self.best.take(self.step, metrics):
             self._write(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
         return metrics
+
+    @torch.no_grad()
+    def check_select(self) -> None:
+        """Raises UsageError now if the evaluations will not have the metric that decides, by a look at one row."""
+        known = {"eval/loss", *self.task.measures}
+        if len(self.task.test) and self.best.metric not in known:
+            known |= {f"eval/{name}" for name in self._terms(self.task.test, [0]).metrics}
+            ranks.together(lambda: self.best.check(known))
 
     def has_stalled(self) -> bool:
         return self.settings.patience is not None and self.best.stale >= self.settings.patience

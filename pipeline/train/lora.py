@@ -52,10 +52,7 @@ def attach(model: Any, settings: LoraSettings, *, head: Head, seed: int) -> Any:
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
     """The model as it was before `attach`; nothing if it has no adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
+    layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]  # as peft's have
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -7,6 +7,7 @@ inside `together` or `first` is raised in all, so that none waits for another th
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -33,7 +34,13 @@ def joined() -> Iterator[None]:
             raise UsageError(f"{torch.cuda.device_count()} GPUs here, but more processes; lower --nproc-per-node")
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_PATIENCE)
-    yield
+    try:
+        yield
+    except CaiError:
+        # torchrun sends it to the others once one has ended; they are about to, with the same code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

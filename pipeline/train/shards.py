@@ -10,8 +10,9 @@ from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,7 +26,9 @@ def shard(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
     dtype: of the weights that a layer is computed with; the shards, gradients and sums of gradients stay in fp32.
     """
-    mesh = init_device_mesh(device.type, (ranks.size(),))
+    # DTensor's caches keep a mesh's group, and with it its threads, beyond the end of Python; with a group of its own
+    # they are idle by then, while those of the default group, which speaks to the end, end with it.
+    mesh = DeviceMesh.from_group(dist.new_group(), device.type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*layers, model):

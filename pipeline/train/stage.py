@@ -102,7 +102,7 @@ def train(
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
     loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
-    _check_sizes(model, loaded.tokenizer, job.start)
+    _check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer)
     data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, _context(model.config)))
     counts, digests = _counts(data), {name: each.digest for name, each in data.items()}
@@ -181,8 +181,9 @@ class Plan(NamedTuple):
 
 def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     """Reads and tokenises, and loads no weights."""
-    config = load_config(job.start)
-    data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
+    config, tokenizer = load_config(job.start), load_tokenizer(job.start)
+    _check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
+    data, _ = read_data(job, settings, kind, Chat(tokenizer), _context(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
     need = (job.start, data["train"], settings, job.device, head)
     memory = measure(*need)
@@ -279,10 +280,15 @@ def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
-    rows_there, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
-    if tokens > rows_there:
-        raise UsageError(f"model {name}: {tokens} tokens, but {rows_there} embeddings; give its own tokenizer")
+def _check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"model {name}: no chat template; give a chat model, or put a chat_template.jinja in its folder"
+        )
+    if len(tokenizer) > num_embeddings:
+        raise UsageError(
+            f"model {name}: {len(tokenizer)} tokens, but {num_embeddings} embeddings; give its own tokenizer"
+        )
 
 
 def _keep_pad_apart(model: Any, tokenizer: Any) -> None:

@@ -116,5 +116,5 @@ def test_a_log_gets_a_plain_line_now_and_then(
 
 
 def test_times_are_said_in_the_unit_that_fits() -> None:
-    said = [progress._duration(seconds) for seconds in (0.4, 99, 150, 5400, 7200)]
+    said = [progress.duration(seconds) for seconds in (0.4, 99, 150, 5400, 7200)]
     assert said == ["0 s", "99 s", "2 min", "90 min", "2.0 h"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from pipeline import nano
+from tests.pipeline.lm.tiny import save_tiny
 from tests.pipeline.train.tiny_jobs import metrics, write_rows
 from tests.support import Command, wait_for
 
@@ -63,6 +64,10 @@ def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
     missing = cai("train-sft", "--model", "nano", "--data", "rows.jsonl", "--out", "sft")
     assert missing.returncode == 2
     assert "rows.jsonl:1" in missing.stderr
+    save_tiny(tmp_path / "small", vocab_size=300)
+    write_rows(tmp_path / "good.jsonl")
+    small = cai("train-rm", "--model", "small", "--data", "good.jsonl", "--out", "rm", "--dry-run")
+    assert (small.returncode, "388 tokens, but 300 embeddings" in small.stderr) == (2, True)
     no_data = cai("train-sft", "--model", "nano", "--out", "sft")
     assert (no_data.returncode, "--data" in no_data.stderr) == (2, True)
     no_run = cai("train-dpo", "--model", "nano")

@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], set[str]]] = {
     "export.split": (settings.SplitSettings, set()),
     "recipe": (settings.RecipeSettings, set()),
     "train_sft": (settings.TrainSftSettings, set()),
+    "train_sft.lora": (settings.LoraSettings, set()),
     "train_rm": (settings.TrainRmSettings, set()),
     "train_dpo": (settings.TrainDpoSettings, set()),
     "train_rrhf": (settings.TrainRrhfSettings, set()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline.errors import DivergedError, IncompleteError, StoppedError, UsageError
+from pipeline.errors import DivergedError, IncompleteError, ResourceError, StoppedError, UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import load
 from pipeline.lm.templates import Chat
@@ -197,6 +198,32 @@ def test_patience_ends_a_training_that_gets_no_better(start: Path, data: Path, t
     lines = metrics(tmp_path / "sft")
     assert len(lines) < 150
     assert report.outcome.step == lines[-1]["step"] - 6
+
+
+def test_memory_that_is_not_there_is_told_with_rows_and_tokens(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.train.sft.sft_loss", lambda logps: torch.empty(1 << 50) + logps[0])
+    with pytest.raises(
+        ResourceError, match=r"step 1: out of memory with \d+ tokens \(rows row\d+, .*microbatch_tokens"
+    ):
+        run_job("sft", data, start, tmp_path / "sft")
+
+
+def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "start", context=48)
+    said: list[str] = []
+    run_job("sft", data, tmp_path / "start", tmp_path / "sft", say=said.append)
+    found = re.search(r"train: (\d+) rows longer than 48 tokens left out, the longest (row\d+) with (\d+)", said[0])
+    assert found, said
+    chat = Chat(AutoTokenizer.from_pretrained(tmp_path / "start"))
+    lengths = {
+        row.id: len(chat.prompt(row.prompt, reasoning=False).token_ids)
+        + len(chat.completion(row.completions[0]).token_ids)
+        for row in read([Source(str(data))], kind="sft", split="train")
+    }
+    assert (int(found[3]), found[2]) == max((length, id) for id, length in lengths.items())
+    assert int(found[1]) == sum(length > 48 for length in lengths.values())
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What comes out of a training, read by others; and that a full disk costs nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, pipeline
+
+from pipeline.errors import ResourceError
+from pipeline.train.rows import Source, read
+from pipeline.train.scorers import open_scorer
+from tests.pipeline.lm.tiny import save_tiny
+from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
+
+KEYS = {"epochs": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("start"), layers=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "LoRA"])
+def test_a_text_classification_pipeline_reads_our_scores_whatever_the_padding(
+    lora: dict[str, int] | None, start: Path, data: Path, tmp_path: Path
+) -> None:
+    """A text ends with the token that ends the answer's turn; its neighbours in the batch do not matter."""
+    run_job("rm", data, start, tmp_path / "rm", keys={**KEYS, "lora": lora})
+    scorer = open_scorer(str(tmp_path / "rm"), "reward", device="cpu")
+    rows = list(read([Source(str(data))], kind="pairs", split="train"))[:8]
+    _, scores, _ = scorer.score_rows(rows, max_tokens=1000)
+    expected = torch.tensor([score for row in scores for score in row])
+    assert expected.std() > 0.01
+    texts = []
+    for row in rows:
+        for completion in row.completions:
+            turns = [*row.prompt, {"role": "assistant", "content": completion}]
+            texts.append(scorer.chat.tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n"))
+    for side in ("right", "left"):
+        for batch_size in (1, 5, 16):
+            tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm", padding_side=side)
+            classify = pipeline("text-classification", model=str(tmp_path / "rm"), tokenizer=tokenizer, device="cpu")
+            found = classify(texts, function_to_apply="none", batch_size=batch_size)
+            assert torch.allclose(torch.tensor([one["score"] for one in found]), expected, atol=1e-5), (
+                side,
+                batch_size,
+            )
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "LoRA"])
+def test_a_disk_that_fills_up_loses_nothing(
+    lora: dict[str, int] | None, start: Path, data: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    keys = {**KEYS, "save_every": 1, "lora": lora}
+    run_job("sft", data, start, tmp_path / "whole", keys=keys)
+    ballast, out = small_disk / "ballast", small_disk / "sft"
+    work = small_disk / ".sft.training"
+
+    def fill_up(progress: object) -> None:
+        if metrics(work)[-1]["step"] == 3:
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+
+    with pytest.raises(ResourceError, match=r"free some room and run the same command again$") as caught:
+        run_job("sft", data, start, out, keys=keys, watch=fill_up)
+    assert caught.value.exit_code == 5
+    assert str(small_disk) in str(caught.value)
+    kept = sorted(path.name for path in (work / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"]
+    ballast.unlink()
+    run_job("sft", data, start, out, keys=keys)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert metrics(out) == metrics(tmp_path / "whole")

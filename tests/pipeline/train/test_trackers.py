@@ -1,0 +1,93 @@
+"""TensorBoard, wandb and Trackio get every step once."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.errors import StoppedError, UsageError
+from tests.pipeline.lm.tiny import save_tiny
+from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def train_in_pieces(data: Path, start: Path, out: Path, tracker: str) -> list[dict[str, Any]]:
+    """Eight steps: killed after the fifth, whose checkpoint is of the third; stopped after the sixth."""
+    keys = {"epochs": 2, "batch_size": 6, "save_every": 3}
+    steps = count(1)
+
+    def killed(progress: Any) -> None:
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job("sft", data, start, out, keys=keys, trackers=[tracker], watch=killed)
+    asked = count(4)
+    with pytest.raises(StoppedError):
+        run_job("sft", data, start, out, keys=keys, trackers=[tracker], should_stop=lambda: next(asked) == 6)
+    run_job("sft", data, start, out, keys=keys, trackers=[tracker])
+    return metrics(out)
+
+
+def test_tensorboard_reads_every_step_once(start: Path, data: Path, tmp_path: Path) -> None:
+    lines = train_in_pieces(data, start, tmp_path / "sft", "tensorboard")
+    files = EventAccumulator(str(tmp_path / "sft" / "tensorboard")).Reload()
+    assert set(files.Tags()["scalars"]) == {name for line in lines for name in line} - {"step"}
+    for name in ("loss", "eval/loss"):
+        expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(event.step, event.value) for event in files.Scalars(name)] == expected
+    assert len(list((tmp_path / "sft" / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_gets_every_step_once(start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    lines = train_in_pieces(data, start, tmp_path / "sft", "wandb")
+    steps, names = [], set()
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while data_of := store.scan_data():
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data_of)
+            if record.WhichOneof("record_type") == "history":
+                steps.append(record.history.step.num)
+                names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+    assert steps == [line["step"] for line in lines]
+    assert {"loss", "eval/loss", "lr"} <= names
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_gets_every_step_once(start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    lines = train_in_pieces(data, start, tmp_path / "sft", "trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    logged = SQLiteStorage.get_logs("cai", "sft")
+    assert [(line["step"], line["loss"]) for line in logged] == [(line["step"], line["loss"]) for line in lines]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(tracker: str, data: Path, tmp_path: Path) -> None:
+    if find_spec(tracker):
+        pytest.skip(f"{tracker} is installed")
+    with pytest.raises(UsageError, match=f"^run.trackers: {tracker} is not installed: pip install {tracker}$"):
+        run_job("sft", data, tmp_path / "nowhere", tmp_path / "sft", trackers=[tracker])
