@@ -48,6 +48,22 @@ def test_a_stopped_training_goes_on_where_it_was(cai: Command, tmp_path: Path) -
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_kills_in_the_middle_of_a_checkpoint_change_nothing(cai: Command, tmp_path: Path) -> None:
+    call = ["train-sft", *options(tmp_path), "--set", "train_sft.epochs=1", "--set", "train_sft.save_every=1"]
+    assert cai(*call, "--out", "whole").returncode == 0
+    log = tmp_path / ".sft.training" / "metrics.jsonl"
+    for point in ("before:1:fsync .step-2/weights", "torn:1:write .step-2/.state", "before:1:replace .step-2/.state"):
+        where = f"{log.parent}/checkpoints/.step-00000002.tmp"
+        killed = cai(*call, "--out", "sft", fault=point.replace(".step-2", where))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert [line["step"] for line in metrics(log.parent)] == [1, 2]
+    done = cai(*call, "--out", "sft")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "sft") == metrics(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("sft", "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_a_dry_run_prints_steps_and_memory_and_writes_nothing(cai: Command, tmp_path: Path) -> None:
     done = cai("train-sft", *options(tmp_path), "--out", "sft", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
