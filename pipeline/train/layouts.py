@@ -79,6 +79,8 @@ def _any(columns: dict[str, Any], where: str) -> Example | str:
 
 def _imitation(columns: dict[str, Any], where: str) -> Example | str:
     name = next((name for name in ("completion", "chosen", *_WHOLE, "instruction") if name in columns), None)
+    if name is None and {"input", "output"} <= columns.keys():
+        return _imitation({"prompt": columns["input"], "completion": columns["output"]}, where)
     if name is None:
         raise _missing("completion", columns, where)
     if name == "instruction":

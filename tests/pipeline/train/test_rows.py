@@ -84,6 +84,8 @@ SFT = [
     ({"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}, [user("Hi")], "Hello."),
     (ALPACA, [user("Sort.\n\nb a")], "a b"),
     ({**ALPACA, "input": ""}, [user("Sort.")], "a b"),
+    ({"input": "Hi", "output": "Hello."}, [user("Hi")], "Hello."),
+    ({"input": f"{TEXT}\n\nAssistant:", "output": " Good."}, TALK, "Good."),
     ({"instruction": "Sort.", "instances": [{"input": "b a", "output": "a b"}]}, [user("Sort.\n\nb a")], "a b"),
 ]
 PAIRS = [
