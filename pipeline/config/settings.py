@@ -137,7 +137,8 @@ class TrainSettings(Section):
     """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
 
     warmup: share of all steps. eval_every, save_every: steps; if not set, once an epoch. patience: evaluations without
-    a better one until training stops. microbatch_tokens: what goes through the model at a time.
+    a better one until training stops. microbatch_tokens: what goes through the model at a time. select: `min METRIC` or
+    `max METRIC`, of an evaluation: whose weights are kept.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -154,6 +155,7 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = False
     eval_every: Count | None = None
     save_every: Count | None = None
+    select: Annotated[str, Field(pattern="^(min|max) eval/[^ ]+$")] = "min eval/loss"
     patience: Count | None = None
 
 

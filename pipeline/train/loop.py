@@ -11,8 +11,9 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,10 +26,11 @@ from pipeline.records import Line
 from pipeline.store import io_errors
 from pipeline.train import checkpoints
 from pipeline.train.batches import Data, batch_at, microbatches, steps_per_epoch
+from pipeline.train.best import Best
+from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
 
 KEPT = 2
 """Newest checkpoints that are kept, one in case the other is damaged."""
-COSINE_END = 0.1
 
 
 class Terms(NamedTuple):
@@ -48,6 +50,24 @@ class Objective(Protocol):
         """The terms of these rows."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and where.
+
+    model: in fp32, as `lm.forward.prepare` leaves it. test: may be empty; then the last weights are kept.
+    folder: of the work in progress. measures: further metrics of an evaluation, each a function of the model.
+    """
+
+    model: Any
+    objective: Objective
+    train: Data
+    test: Data
+    settings: TrainSettings
+    folder: Path
+    seed: int
+    measures: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
+
+
 class Outcome(NamedTuple):
     """step: whose weights the model has now: of the best evaluation, or the last. metrics: of that evaluation."""
 
@@ -65,119 +85,106 @@ class Progress(NamedTuple):
 
 
 def fit(
-    model: Any,
-    objective: Objective,
-    train: Data,
-    test: Data,
-    settings: TrainSettings,
-    folder: Path,
+    task: Task,
     *,
-    seed: int,
-    select: str = "eval/loss",
-    higher_is_better: bool = False,
     watch: Callable[[Progress], None] = lambda progress: None,
     warn: Callable[[str], None] = lambda message: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Trains the model in place, from the newest checkpoint in `folder/checkpoints` if there is one.
 
-    model: in fp32, as `lm.forward.prepare` leaves it. test: may be empty; then the last weights are kept, else those of
-    the best evaluation by the metric `select`. Writes `folder/metrics.jsonl`.
+    Writes `folder/metrics.jsonl`. The weights of the evaluation that `settings.select` finds best are the outcome.
     Raises DivergedError (7) at the step whose loss or gradient is not finite, StoppedError (75) when asked to stop.
     """
-    silence_dropout(model, settings)
-    run = _Run(model, objective, train, test, settings, folder, seed, select, higher_is_better)
+    silence_dropout(task.model, task.settings)
+    run = _Run(task)
     run.resume(warn)
     while run.step < run.total and not run.has_stalled():
         began = time.perf_counter()
         line = run.train_step()
-        if run.is_due(settings.eval_every):
+        if run.is_due(task.settings.eval_every):
             line |= run.evaluate()
-        seconds = time.perf_counter() - began
-        run.log(line | {"seconds": round(seconds, 3)})
+        run.log(line | {"seconds": round(time.perf_counter() - began, 3)})
         watch(Progress(run.step, run.total, run.num_tokens, line))
         stops = should_stop()
-        if stops or run.is_due(settings.save_every):
+        if stops or run.is_due(task.settings.save_every):
             run.save()
         if stops and run.step < run.total:
-            raise StoppedError(f"{folder}: stopped after step {run.step} of {run.total}; the same command goes on here")
+            at = f"{task.folder}: stopped after step {run.step} of {run.total}"
+            raise StoppedError(f"{at}; the same command goes on here")
     return run.finish()
 
 
 class _Run:
     """The state of one training."""
 
-    def __init__(
-        self,
-        model: Any,
-        objective: Objective,
-        train: Data,
-        test: Data,
-        settings: TrainSettings,
-        folder: Path,
-        seed: int,
-        select: str,
-        higher_is_better: bool,
-    ) -> None:
-        self.model, self.objective, self.train, self.test = model, objective, train, test
-        self.settings, self.folder, self.seed = settings, folder, seed
-        self.select, self.sign = select, -1 if higher_is_better else 1
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
-        self.total = self.per_epoch * settings.epochs
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters, settings.weight_decay)
-        self.step = self.num_tokens = self.stale = 0
-        self.best_step, self.best_metrics = 0, dict[str, float]()
+    def __init__(self, task: Task) -> None:
+        self.task, self.model, self.settings = task, task.model, task.settings
+        self.per_epoch = steps_per_epoch(len(task.train), self.settings.batch_size)
+        self.total = self.per_epoch * self.settings.epochs
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters, self.settings.weight_decay)
+        self.best = Best(self.settings.select)
+        self.step = self.num_tokens = 0
 
     # One step
 
     def train_step(self) -> Line:
         """One update. Returns its line of metrics.jsonl."""
-        rows = batch_at(self.step, num_rows=len(self.train), batch_size=self.settings.batch_size, seed=self.seed)
+        data, size = self.task.train, self.settings.batch_size
+        rows = batch_at(self.step, num_rows=len(data), batch_size=size, seed=self.task.seed)
+        rate = learning_rate(self.step, self.total, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total, self.settings)
-        self.optimizer.zero_grad(set_to_none=True)
-        tally = _Tally()
-        num_terms = sum(self.objective.num_terms(self.train, row) for row in rows)
-        for part in microbatches(self.train, rows, max_tokens=self.settings.microbatch_tokens):
-            with autocast(self.model, self.settings):
-                terms = self.objective(self.model, self.train, part)
-            (terms.losses.sum() / num_terms).backward()
-            tally.add(terms)
+            group["lr"] = rate
+        means = self._backward(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        means = tally.means(norm)
-        if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
-            ids = ", ".join(self.train.ids[row] for row in rows[:5])
-            raise DivergedError(
-                f"{self.folder}: step {self.step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']} "
-                f"(rows {ids}, …); lower the learning rate, or look at these rows"
-            )
+        means["grad_norm"] = norm.item()
+        self._check_finite(means, rows)
         self.optimizer.step()
         self.step += 1
-        self.num_tokens += sum(self.train.num_tokens(row) for row in rows)
-        rate = self.optimizer.param_groups[0]["lr"]
+        self.num_tokens += sum(map(data.num_tokens, rows))
         return {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), "lr": rate, **means}
 
-    def evaluate(self) -> Line:
-        """Means over the test split; keeps the weights if they are the best so far."""
-        if not len(self.test):
-            return {}
-        tally = _Tally()
-        with torch.no_grad(), autocast(self.model, self.settings):
-            for part in microbatches(self.test, range(len(self.test)), max_tokens=self.settings.microbatch_tokens):
-                tally.add(self.objective(self.model, self.test, part))
-        metrics = {f"eval/{name}": value for name, value in tally.means().items()}
-        is_better = not self.best_metrics or (
-            self.sign * metrics[self.select] < self.sign * self.best_metrics[self.select]
+    def _backward(self, rows: Sequence[int]) -> dict[str, float]:
+        """Leaves the gradient of the batch in the parameters. Returns the means over it."""
+        data, tally = self.task.train, Tally()
+        num_terms = sum(self.task.objective.num_terms(data, row) for row in rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in microbatches(data, rows, max_tokens=self.settings.microbatch_tokens):
+            terms = self._terms(data, part)
+            (terms.losses.sum() / num_terms).backward()
+            tally.add(terms)
+        return tally.means()
+
+    def _terms(self, data: Data, rows: Sequence[int]) -> Terms:
+        with autocast(self.model, self.settings):
+            return self.task.objective(self.model, data, rows)
+
+    def _check_finite(self, means: dict[str, float], rows: Sequence[int]) -> None:
+        if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+            return
+        ids = ", ".join(self.task.train.ids[row] for row in rows[:5])
+        raise DivergedError(
+            f"{self.task.folder}: step {self.step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']} "
+            f"(rows {ids}, …); lower the learning rate, or look at these rows"
         )
-        self.stale = 0 if is_better else self.stale + 1
-        if is_better:
-            self.best_step, self.best_metrics = self.step, metrics
-            checkpoints.save(self.folder / "best", {"step": self.step}, {"weights": self.weights()})
+
+    def evaluate(self) -> Line:
+        """Means over the test split, and the task's measures; keeps the weights if they are the best so far."""
+        data, metrics = self.task.test, dict[str, float]()
+        if len(data):
+            tally = Tally()
+            with torch.no_grad():
+                for part in microbatches(data, range(len(data)), max_tokens=self.settings.microbatch_tokens):
+                    tally.add(self._terms(data, part))
+            metrics = {f"eval/{name}": value for name, value in tally.means().items()}
+        metrics |= {name: measure(self.model) for name, measure in self.task.measures.items()}
+        if metrics and self.best.take(self.step, metrics):
+            checkpoints.save(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
         return metrics
 
     def has_stalled(self) -> bool:
-        return self.settings.patience is not None and self.stale >= self.settings.patience
+        return self.settings.patience is not None and self.best.stale >= self.settings.patience
 
     def is_due(self, every: int | None) -> bool:
         """At the end of training, and every so many steps; once an epoch if not said."""
@@ -185,107 +192,69 @@ class _Run:
 
     # Files
 
+    @property
+    def metrics_file(self) -> Path:
+        return self.task.folder / "metrics.jsonl"
+
     def log(self, line: Line) -> None:
-        path = self.folder / "metrics.jsonl"
-        with io_errors(path), path.open("a", encoding="utf-8") as file:
+        with io_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        names = ("step", "num_tokens", "stale", "best_step", "best_metrics")
-        state = {name: getattr(self, name) for name in names}
-        path = self.folder / "metrics.jsonl"
-        state["metrics_bytes"] = path.stat().st_size if path.exists() else 0
-        tensors = {"weights": self.weights(), "optimizer": self._optimizer_tensors()}
-        checkpoints.save(self.folder / "checkpoints" / f"step-{self.step:08d}", state, tensors)
-        checkpoints.prune(self.folder / "checkpoints", keep=KEPT)
+        state = {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "best": self.best.state,
+            "metrics_bytes": self.metrics_file.stat().st_size,
+        }
+        tensors = {"weights": self.parameters, "optimizer": state_tensors(self.optimizer, self.parameters)}
+        folder = self.task.folder / "checkpoints"
+        checkpoints.save(folder / f"step-{self.step:08d}", state, tensors)
+        checkpoints.prune(folder, keep=KEPT)
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
-        found = checkpoints.newest(self.folder / "checkpoints", warn)
-        path, size = self.folder / "metrics.jsonl", 0
+        found, size = checkpoints.newest(self.task.folder / "checkpoints", warn), 0
         if found:
             state, tensors = found
-            size = state.pop("metrics_bytes")
-            for name, value in state.items():
-                setattr(self, name, value)
+            self.step, self.num_tokens, size = state["step"], state["num_tokens"], state["metrics_bytes"]
+            self.best.state = state["best"]
             self._load_weights(tensors("weights"))
-            self._load_optimizer(tensors("optimizer"))
-        if path.exists():
-            with io_errors(path), path.open("r+b") as file:
+            load_state(self.optimizer, self.parameters, tensors("optimizer"))
+        if self.metrics_file.exists():
+            with io_errors(self.metrics_file), self.metrics_file.open("r+b") as file:
                 file.truncate(size)
 
     def finish(self) -> Outcome:
         """The best weights go back into the model; without evaluations the last ones stay."""
-        if not self.best_metrics or self.best_step == self.step:
-            return Outcome(self.step, self.best_metrics)
-        best = checkpoints.load(self.folder / "best")
-        if best is None or best[0]["step"] != self.best_step:
-            raise ResourceError(f"{self.folder / 'best'}: is not whole any more; delete {self.folder} and train again")
-        self._load_weights(best[1]("weights"))
-        return Outcome(self.best_step, self.best_metrics)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        if self.best.step in (0, self.step):
+            return Outcome(self.step, self.best.metrics)
+        folder = self.task.folder / "best"
+        found = checkpoints.load(folder)
+        if found is None or found[0]["step"] != self.best.step:
+            raise ResourceError(f"{folder}: is not whole any more; delete {self.task.folder} and train again")
+        self._load_weights(found[1]("weights"))
+        return Outcome(self.best.step, self.best.metrics)
 
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{key}.{name}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
 
-    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        state: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors.items():
-            key, _, parameter = name.partition(".")
-            state[parameter][key] = value
-        for name, parameter in self.parameters.items():
-            where = {key: value.to(parameter.device) for key, value in state[name].items()}
-            self.optimizer.state[parameter] = where
-
-
-class _Tally:
-    """Sums and counts of what a batch's microbatches report, on the device until one transfer at the end."""
+class Tally:
+    """Values that microbatches report, kept on the device until their means are taken."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, terms: Terms) -> None:
-        self._parts["loss"].append(terms.losses.detach())
-        for name, values in terms.metrics.items():
+        for name, values in {"loss": terms.losses, **terms.metrics}.items():
             self._parts[name].append(values.detach())
 
-    def means(self, norm: Tensor | None = None) -> dict[str, float]:
-        values = {name: torch.cat(parts).float().mean() for name, parts in self._parts.items()}
-        if norm is not None:
-            values["grad_norm"] = norm
-        return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
-
-
-def make_optimizer(parameters: dict[str, Tensor], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); only matrices decay."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
-
-
-def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Of the step with this number, from 0: a linear warm-up, then constant, linear to 0 or a cosine to 10 %."""
-    warmup = round(settings.warmup * total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if settings.schedule == "cosine":
-        share = COSINE_END + (1 - COSINE_END) * (1 + math.cos(math.pi * progress)) / 2
-    else:
-        share = 1 - progress if settings.schedule == "linear" else 1.0
-    return settings.learning_rate * share
+    def means(self) -> dict[str, float]:
+        means = torch.stack([torch.cat(parts).float().mean() for parts in self._parts.values()])
+        return dict(zip(self._parts, means.tolist(), strict=True))
 
 
 def autocast(model: Any, settings: TrainSettings) -> Any:

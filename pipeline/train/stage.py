@@ -28,7 +28,7 @@ from pipeline.train.batches import Data, steps_per_epoch, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
-from pipeline.train.loop import Objective, Outcome, Progress, fit, silence_dropout
+from pipeline.train.loop import Objective, Outcome, Progress, Task, fit, silence_dropout
 from pipeline.train.memory import Memory, measure
 
 
@@ -81,8 +81,6 @@ def train(
     kind: Kind,
     make_objective: Callable[[Opened], Objective],
     head: Literal["language", "score"] = "language",
-    select: str = "eval/loss",
-    higher_is_better: bool = False,
 ) -> Report:
     """Reads, tokenises, trains and publishes. trainer: its name, for card and identity."""
     loaded = load(job.start, dtype="float32", device=job.device, head=head)
@@ -102,20 +100,8 @@ def train(
     if head == "score":
         _keep_pad_apart(model, loaded.tokenizer)
     objective = make_objective(Opened(model, data["train"], data["test"], loaded.fingerprint))
-    outcome = fit(
-        model,
-        objective,
-        data["train"],
-        data["test"],
-        settings,
-        folder,
-        seed=job.seed,
-        select=select,
-        higher_is_better=higher_is_better,
-        watch=job.watch,
-        warn=job.say,
-        should_stop=job.should_stop,
-    )
+    task = Task(model, objective, data["train"], data["test"], settings, folder, job.seed)
+    outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
     description = {
         "trainer": trainer,
         "identity": identity,
