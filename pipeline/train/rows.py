@@ -27,7 +27,7 @@ from pipeline.train.layouts import DOCS, Example, Kind, read_example
 Split = Literal["train", "test"]
 Fields = Iterator[tuple[str, dict[str, Any]]]
 
-DATASETS = {"sft": "sft", "pairs": "preference", "ranked": "ranked"}
+DATASETS = {"sft": "sft", "pairs": "preference", "ranked": "ranked", "prompts": "prompts"}
 """Kind of rows -> the dataset of a run that holds them."""
 
 
