@@ -11,7 +11,8 @@
     ├── GateError               8   a quality gate failed
     ├── StoppedError           75   stopped early and resumable
     │   └── EngineDown         75   the endpoint is gone; what was answered is kept
-    └── RequestFailed           -   one request cannot be answered; its sample fails, the run goes on
+    ├── RequestFailed           -   one request cannot be answered; its sample fails, the run goes on
+    └── PeerError               *   another process of the same training failed, and says how
 
 A message is one line: where, what, what to do.
 """
@@ -63,6 +64,14 @@ class StoppedError(CaiError):
 
 class EngineDown(StoppedError):
     """The engine stopped answering, after all retries."""
+
+
+class PeerError(CaiError):
+    """Ends this process with the exit code of another one, without a message of its own."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this training failed")
+        self.exit_code = exit_code
 
 
 PASSING_REASONS = frozenset({"timeout", "server_error", "bad_reply"})

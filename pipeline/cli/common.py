@@ -15,7 +15,7 @@ from unicodedata import category
 import click
 
 from constitution.yamlfile import ConstitutionError
-from pipeline.errors import CaiError, StoppedError
+from pipeline.errors import CaiError, PeerError, StoppedError
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_RUN = Path("runs/first")
@@ -27,6 +27,7 @@ class Console:
     def __init__(self, command: str, *, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.is_muted = False
         self.report: dict[str, Any] = {
             "command": command,
             "run": None,
@@ -36,6 +37,10 @@ class Console:
             "error": None,
         }
 
+    def mute(self) -> None:
+        """Another process speaks for this one; only its own errors are said."""
+        self.quiet, self.is_muted = True, True
+
     def say(self, text: str) -> None:
         """A message about the work, to stderr."""
         if not self.quiet:
@@ -43,18 +48,18 @@ class Console:
 
     def show(self, text: str) -> None:
         """A result, to stdout; with --json it is in the object instead."""
-        if not self.as_json:
+        if not (self.as_json or self.is_muted):
             click.echo(text)
 
     def finish(self, error: BaseException | None = None) -> int:
         """Prints the object or the error, and returns the exit code."""
         code = exit_code(error)
-        if error is not None and not isinstance(error, click.exceptions.Exit):
+        if error is not None and not isinstance(error, click.exceptions.Exit | PeerError):
             message = str(error) or type(error).__name__
             self.report["error"] = {"type": type(error).__name__, "message": message}
             click.echo(f"cai: {printable(message)}", err=True)
         self.report["exit_code"] = code
-        if self.as_json:
+        if self.as_json and not self.is_muted:
             click.echo(json.dumps(self.report))  # ASCII, so that no control character reaches a terminal
         return code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -91,9 +92,30 @@ def train_rrhf_command(console: Console, **options: Any) -> None:
 
 
 def _train(
+    console: Console, trainer: str, train: Callable[[Job, Settings], Report], *, dry_run: bool, **options: Any
+) -> None:
+    """By itself, or as one of the processes that torchrun started; of these the first one speaks."""
+    with ExitStack() as held:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from pipeline.train import ranks
+
+            held.enter_context(ranks.joined())
+            if ranks.rank():
+                console.mute()
+            job, settings = ranks.together(lambda: _read_job(console, trainer, **options))
+        else:
+            job, settings = _read_job(console, trainer, **options)
+        console.say(f"start: {job.start}")
+        if dry_run:
+            _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+        else:
+            in_run = None if options["out"] else options["run"]
+            _carry_out(console, trainer, train, job, settings, run=in_run)
+
+
+def _read_job(
     console: Console,
     trainer: str,
-    train: Callable[[Job, Settings], Report],
     *,
     run: Path,
     config: Path | None,
@@ -103,11 +125,8 @@ def _train(
     out: Path | None,
     name: str | None,
     seed: int | None,
-    dry_run: bool,
-) -> None:
+) -> tuple[Job, Settings]:
     from pipeline import jobs
-    from pipeline.calllog import logged
-    from pipeline.lock import locked
     from pipeline.store import RUN_NAME, RunFolder
 
     settings = jobs.resolve(run, config, assignments, {} if seed is None else {"run": {"seed": seed}})
@@ -129,21 +148,46 @@ def _train(
         device=settings.engine.device,
         say=console.say,
     )
-    console.say(f"start: {job.start}")
-    if dry_run:
-        _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
-        return
+    return job, settings
+
+
+def _carry_out(
+    console: Console,
+    trainer: str,
+    train: Callable[[Job, Settings], Report],
+    job: Job,
+    settings: Settings,
+    *,
+    run: Path | None,
+) -> None:
+    """run: that is locked, and whose log gets a line."""
+    from pipeline.train import ranks
+
     with ExitStack() as held:
-        if out is None:
-            held.enter_context(locked(run))
-            held.enter_context(logged(run, console.report))
-            opened, _ = jobs.open_job(run, settings)
-            job = replace(job, made_from={"constitution": opened.constitution.digest})
+        if run:
+            made_from = ranks.first(lambda: _hold_run(console, run, settings, held))
+            job = replace(job, made_from=made_from)
         with _stop_requests() as should_stop, _watch(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
-        if out is None:
-            jobs.keep_inputs(opened)
         _show(console, trainer, report)
+
+
+def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> dict[str, str]:
+    """Locks and logs the call, and keeps its inputs if it comes to its end. Returns what the data was made from."""
+    from pipeline import jobs
+    from pipeline.calllog import logged
+    from pipeline.lock import locked
+
+    held.enter_context(locked(run))
+    held.enter_context(logged(run, console.report))
+    opened, _ = jobs.open_job(run, settings)
+
+    def keep(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            jobs.keep_inputs(opened)
+
+    held.push(keep)
+    return {"constitution": opened.constitution.digest}
 
 
 def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:

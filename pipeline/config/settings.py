@@ -153,6 +153,7 @@ class TrainSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     microbatch_tokens: Count = 8192
     gradient_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     eval_every: Count | None = None
     save_every: Count | None = None
     select: Annotated[str, Field(pattern="^(min|max) eval/[^ ]+$")] = "min eval/loss"

@@ -10,6 +10,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from heapq import heapreplace
 from typing import Literal
 
 import numpy as np
@@ -112,6 +113,26 @@ def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[in
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
     return -(-num_rows // batch_size)
+
+
+def deal(data: Data, rows: Sequence[int], num_shares: int) -> list[list[int]]:
+    """The rows in shares of about as many tokens each; some are empty if there are fewer rows."""
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0, number) for number in range(num_shares)]
+    for row in sorted(rows, key=data.num_tokens, reverse=True):
+        load, number = loads[0]
+        shares[number].append(row)
+        heapreplace(loads, (load + data.num_tokens(row), number))
+    return shares
+
+
+def dealt_microbatches(
+    data: Data, rows: Sequence[int], *, rank: int, size: int, max_tokens: int
+) -> Iterator[list[int]]:
+    """The microbatches of one of `size` processes; the last ones may be empty, so that all have as many."""
+    parts = [list(microbatches(data, share, max_tokens=max_tokens)) for share in deal(data, rows, size)]
+    yield from parts[rank]
+    yield from [[]] * (max(map(len, parts)) - len(parts[rank]))
 
 
 def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -54,8 +54,15 @@ def save_tensors(path: Path, named: dict[str, Tensor]) -> None:
             os.fsync(file.fileno())
 
 
-def load(folder: Path) -> tuple[State, Callable[[str], dict[str, Tensor]]] | None:
-    """A checkpoint's state and a reader of its tensor files; None if it is not whole."""
+class Checkpoint(NamedTuple):
+    """tensors: reads one of its files, by name."""
+
+    state: State
+    tensors: Callable[[str], dict[str, Tensor]]
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """None if it is not whole."""
     try:
         content = json.loads((folder / "state.json").read_bytes())
         body = {"state": content["state"], "files": content["files"]}
@@ -65,14 +72,14 @@ def load(folder: Path) -> tuple[State, Callable[[str], dict[str, Tensor]]] | Non
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content["state"], lambda name: load_file(folder / f"{name}.safetensors")
+    return Checkpoint(content["state"], lambda name: load_file(folder / f"{name}.safetensors"))
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> tuple[State, Callable[[str], dict[str, Tensor]]] | None:
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint in a folder of `step-…` folders; the others that come before it are named."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if found := load(path):
-            return found
+        if load(path):
+            return path
         warn(f"{path}: this checkpoint is not whole and is left out; going back to an older one")
     return None
 

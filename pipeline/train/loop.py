@@ -2,7 +2,10 @@
 
 A step's loss is the sum of its terms (tokens, pairs or prompts, as the objective counts them) divided by their number
 in the whole batch, however it is cut into microbatches. Dropout is off, and the order of rows is a function of seed and
-epoch, so a checkpoint needs weights, optimiser state and step, and nothing else. Left out: several devices.
+epoch, so a checkpoint needs weights, optimiser state and step, and nothing else.
+
+Several processes deal a batch's rows among themselves and add up their gradients. All count, decide and stop alike; the
+first one writes. None of this depends on their number, so that a checkpoint may be gone on from with another one.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,8 +27,8 @@ from pipeline.config.settings import TrainSettings
 from pipeline.errors import DivergedError, ResourceError, StoppedError
 from pipeline.records import Line
 from pipeline.store import io_errors
-from pipeline.train import checkpoints
-from pipeline.train.batches import Data, batch_at, microbatches, steps_per_epoch
+from pipeline.train import checkpoints, ranks, shards
+from pipeline.train.batches import Data, batch_at, dealt_microbatches, steps_per_epoch
 from pipeline.train.best import Best
 from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
 
@@ -106,12 +109,12 @@ def fit(
             line |= run.evaluate()
         run.log(line | {"seconds": round(time.perf_counter() - began, 3)})
         watch(Progress(run.step, run.total, run.num_tokens, line))
-        stops = should_stop()
+        stops = any(ranks.gather(should_stop()))
         if stops or run.is_due(task.settings.save_every):
             run.save()
         if stops and run.step < run.total:
             at = f"{task.folder}: stopped after step {run.step} of {run.total}"
-            raise StoppedError(f"{at}; the same command goes on here")
+            raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
     return run.finish()
 
 
@@ -123,6 +126,8 @@ class _Run:
         self.per_epoch = steps_per_epoch(len(task.train), self.settings.batch_size)
         self.total = self.per_epoch * self.settings.epochs
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not shards.is_sharded(self.model):
+            ranks.copy_from_first([parameter.detach() for parameter in self.parameters.values()])
         self.optimizer = make_optimizer(self.parameters, self.settings.weight_decay)
         self.best = Best(self.settings.select)
         self.step = self.num_tokens = 0
@@ -138,7 +143,7 @@ class _Run:
             group["lr"] = rate
         means = self._backward(rows)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
-        means["grad_norm"] = norm.item()
+        means["grad_norm"] = shards.undivided(norm).item()
         self._check_finite(means, rows)
         self.optimizer.step()
         self.step += 1
@@ -147,40 +152,54 @@ class _Run:
 
     def _backward(self, rows: Sequence[int]) -> dict[str, float]:
         """Leaves the gradient of the batch in the parameters. Returns the means over it."""
-        data, tally = self.task.train, Tally()
-        num_terms = sum(self.task.objective.num_terms(data, row) for row in rows)
+        num_terms = sum(self.task.objective.num_terms(self.task.train, row) for row in rows)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in microbatches(data, rows, max_tokens=self.settings.microbatch_tokens):
-            terms = self._terms(data, part)
-            (terms.losses.sum() / num_terms).backward()
-            tally.add(terms)
+        tally = self._by_itself(lambda: self._pass(self.task.train, rows, num_terms=num_terms))
+        if not shards.is_sharded(self.model):  # FSDP has done it
+            ranks.add_up([p.grad for p in self.parameters.values() if p.grad is not None])
         return tally.means()
+
+    def _by_itself(self, action: Callable[[], Tally]) -> Tally:
+        """Where processes compute without one another they can tell of an error; in FSDP the others wait inside."""
+        return action() if shards.is_sharded(self.model) else ranks.together(action)
+
+    def _pass(self, data: Data, rows: Sequence[int], *, num_terms: int | None = None) -> Tally:
+        """This process's share of the rows through the model; backward, too, if the number of all terms is given."""
+        tally, shortest = Tally(), min(rows, key=data.num_tokens)
+        share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": self.settings.microbatch_tokens}
+        for part in dealt_microbatches(data, rows, **share):
+            terms = self._terms(data, part or [shortest])
+            if num_terms:
+                (terms.losses.sum() * (len(part) > 0) / num_terms).backward()
+            if part:
+                tally.add(terms)
+        return tally
 
     def _terms(self, data: Data, rows: Sequence[int]) -> Terms:
         with autocast(self.model, self.settings):
-            return self.task.objective(self.model, data, rows)
+            return shards.compute(self.model, lambda: self.task.objective(self.model, data, rows))
 
     def _check_finite(self, means: dict[str, float], rows: Sequence[int]) -> None:
         if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
             return
         ids = ", ".join(self.task.train.ids[row] for row in rows[:5])
-        raise DivergedError(
-            f"{self.task.folder}: step {self.step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']} "
-            f"(rows {ids}, …); lower the learning rate, or look at these rows"
+        raise ranks.shared(
+            DivergedError(
+                f"{self.task.folder}: step {self.step + 1}: loss {means['loss']}, gradient norm {means['grad_norm']} "
+                f"(rows {ids}, …); lower the learning rate, or look at these rows"
+            )
         )
 
     def evaluate(self) -> Line:
         """Means over the test split, and the task's measures; keeps the weights if they are the best so far."""
         data, metrics = self.task.test, dict[str, float]()
         if len(data):
-            tally = Tally()
             with torch.no_grad():
-                for part in microbatches(data, range(len(data)), max_tokens=self.settings.microbatch_tokens):
-                    tally.add(self._terms(data, part))
+                tally = self._by_itself(lambda: self._pass(data, range(len(data))))
             metrics = {f"eval/{name}": value for name, value in tally.means().items()}
         metrics |= {name: measure(self.model) for name, measure in self.task.measures.items()}
         if metrics and self.best.take(self.step, metrics):
-            checkpoints.save(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
+            self._write(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
         return metrics
 
     def has_stalled(self) -> bool:
@@ -197,30 +216,36 @@ class _Run:
         return self.task.folder / "metrics.jsonl"
 
     def log(self, line: Line) -> None:
-        with io_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        def append() -> None:
+            with io_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+        ranks.first(append)
 
     def save(self) -> None:
-        state = {
-            "step": self.step,
-            "num_tokens": self.num_tokens,
-            "best": self.best.state,
-            "metrics_bytes": self.metrics_file.stat().st_size,
-        }
+        state = {"step": self.step, "num_tokens": self.num_tokens, "best": self.best.state}
+        state["metrics_bytes"] = ranks.first(lambda: self.metrics_file.stat().st_size)
         tensors = {"weights": self.parameters, "optimizer": state_tensors(self.optimizer, self.parameters)}
         folder = self.task.folder / "checkpoints"
-        checkpoints.save(folder / f"step-{self.step:08d}", state, tensors)
-        checkpoints.prune(folder, keep=KEPT)
+        self._write(folder / f"step-{self.step:08d}", state, tensors)
+        ranks.first(lambda: checkpoints.prune(folder, keep=KEPT))
+
+    def _write(self, folder: Path, state: checkpoints.State, tensors: dict[str, dict[str, Tensor]]) -> None:
+        files = {name: shards.whole(named) for name, named in tensors.items()}
+        ranks.first(lambda: checkpoints.save(folder, state, files))
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
-        found, size = checkpoints.newest(self.task.folder / "checkpoints", warn), 0
-        if found:
-            state, tensors = found
+        newest, size = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), 0
+        if newest:
+            state, tensors = ranks.together(lambda: self._read(newest))
             self.step, self.num_tokens, size = state["step"], state["num_tokens"], state["metrics_bytes"]
             self.best.state = state["best"]
             self._load_weights(tensors("weights"))
             load_state(self.optimizer, self.parameters, tensors("optimizer"))
+        ranks.first(lambda: self._cut_metrics(size))
+
+    def _cut_metrics(self, size: int) -> None:
         if self.metrics_file.exists():
             with io_errors(self.metrics_file), self.metrics_file.open("r+b") as file:
                 file.truncate(size)
@@ -229,17 +254,25 @@ class _Run:
         """The best weights go back into the model; without evaluations the last ones stay."""
         if self.best.step in (0, self.step):
             return Outcome(self.step, self.best.metrics)
-        folder = self.task.folder / "best"
-        found = checkpoints.load(folder)
-        if found is None or found[0]["step"] != self.best.step:
-            raise ResourceError(f"{folder}: is not whole any more; delete {self.task.folder} and train again")
-        self._load_weights(found[1]("weights"))
+        state, tensors = ranks.together(lambda: self._read(self.task.folder / "best"))
+        if state["step"] != self.best.step:
+            raise ranks.shared(self._damaged(self.task.folder / "best"))
+        self._load_weights(tensors("weights"))
         return Outcome(self.best.step, self.best.metrics)
+
+    def _read(self, folder: Path) -> checkpoints.Checkpoint:
+        found = checkpoints.load(folder)
+        if found is None:
+            raise self._damaged(folder)
+        return found
+
+    def _damaged(self, folder: Path) -> ResourceError:
+        return ResourceError(f"{folder}: is not whole any more; delete {self.task.folder} and train again")
 
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shards.like(tensors[name], parameter))
 
 
 class Tally:
@@ -253,16 +286,33 @@ class Tally:
             self._parts[name].append(values.detach())
 
     def means(self) -> dict[str, float]:
-        means = torch.stack([torch.cat(parts).float().mean() for parts in self._parts.values()])
-        return dict(zip(self._parts, means.tolist(), strict=True))
+        """Over all processes."""
+        sums, counts = dict[str, float](), Counter[str]()
+        for own in ranks.gather(self._sums()):
+            for name, (total, count) in own.items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] += count
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _sums(self) -> dict[str, tuple[float, int]]:
+        if not self._parts:
+            return {}
+        values = {name: torch.cat(parts).float() for name, parts in self._parts.items()}
+        sums = torch.stack([each.sum() for each in values.values()]).tolist()
+        return {name: (total, len(values[name])) for name, total in zip(values, sums, strict=True)}
 
 
 def autocast(model: Any, settings: TrainSettings) -> Any:
-    """bf16 arithmetic on fp32 weights; auto: on a GPU only."""
+    """The arithmetic of the settings, on fp32 weights."""
     kind = model.device.type
-    if settings.precision == "bfloat16" or (settings.precision == "auto" and kind == "cuda"):
-        return torch.autocast(kind, dtype=torch.bfloat16)
-    return nullcontext()
+    dtype = compute_dtype(settings, kind)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype=dtype)
+
+
+def compute_dtype(settings: TrainSettings, kind: str) -> torch.dtype:
+    """auto: bf16 on a GPU only. kind: of device."""
+    is_half = settings.precision == "bfloat16" or (settings.precision == "auto" and kind == "cuda")
+    return torch.bfloat16 if is_half else torch.float32
 
 
 def silence_dropout(model: Any, settings: TrainSettings) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainSettings
+from pipeline.train.shards import like
 
 COSINE_END = 0.1
 
@@ -50,4 +51,4 @@ def load_state(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], 
         kind, _, name = key.partition(".")
         found[name][kind] = value
     for name, parameter in parameters.items():
-        optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in found[name].items()}
+        optimizer.state[parameter] = {kind: like(value, parameter) for kind, value in found[name].items()}

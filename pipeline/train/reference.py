@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from pipeline.config.settings import TrainSettings
 from pipeline.lm.forward import completion_logps
 from pipeline.records import digest
 from pipeline.store import make_folder
-from pipeline.train.batches import Data, microbatches
+from pipeline.train import ranks
+from pipeline.train.batches import Data, dealt_microbatches
 from pipeline.train.checkpoints import save_tensors
 from pipeline.train.loop import autocast
+from pipeline.train.shards import compute
 
 
 def reference_logps(
@@ -27,25 +30,40 @@ def reference_logps(
     folder: where they are kept, under a hash of weights, tokens and precision.
     """
     path = folder / f"{digest([fingerprint, data.digest, settings.precision, model.device.type])[:32]}.safetensors"
-    if path.exists():
-        try:
-            return load_file(path)["logps"]
-        except (SafetensorError, KeyError):
-            path.unlink()
-    logps = compute_logps(model, data, settings)
-    make_folder(folder)
+    kept = ranks.first(lambda: _kept(path))
+    if kept is None:
+        kept = compute_logps(model, data, settings)
+        ranks.first(lambda: _keep(path, kept))
+    return kept
+
+
+def _kept(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["logps"]
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError):
+        path.unlink()
+        return None
+
+
+def _keep(path: Path, logps: Tensor) -> None:
+    make_folder(path.parent)
     temporary = path.with_suffix(".tmp")
     save_tensors(temporary, {"logps": logps})
     temporary.replace(path)
-    return logps
 
 
 @torch.no_grad()
 def compute_logps(model: Any, data: Data, settings: TrainSettings) -> Tensor:
-    """(N,) in long batches of rows of similar length, on the CPU."""
+    """(N,) in long batches of rows of similar length, dealt among the processes, on the CPU."""
     logps = torch.zeros(sum(len(data.completions(row)) for row in range(len(data))))
-    for rows in microbatches(data, range(len(data)), max_tokens=settings.microbatch_tokens):
+    share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": settings.microbatch_tokens}
+    for rows in dealt_microbatches(data, range(len(data)), **share):
+        groups = [data.group(row) for row in rows or [0]]
         with autocast(model, settings):
-            found = completion_logps(model, [data.group(row) for row in rows]).sums
-        logps[[number for row in rows for number in data.completions(row)]] = found.float().cpu()
+            found = compute(model, partial(completion_logps, model, groups)).sums
+        if rows:
+            logps[[number for row in rows for number in data.completions(row)]] = found.float().cpu()
+    ranks.add_up([logps])
     return logps

@@ -19,17 +19,19 @@ from transformers import AutoConfig
 from pipeline.config.settings import SplitSettings, TrainSettings
 from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import load, load_tokenizer
+from pipeline.lm.load import load, load_tokenizer, pick_device
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
-from pipeline.train import rows
+from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, steps_per_epoch, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
-from pipeline.train.loop import Objective, Outcome, Progress, Task, fit, silence_dropout
+from pipeline.train.loop import Objective, Outcome, Progress, Task, compute_dtype, fit, silence_dropout
 from pipeline.train.memory import Memory, measure
+from pipeline.train.shards import gather as gather_shards
+from pipeline.train.shards import shard
 
 
 def _ignore(_: Any) -> None:
@@ -83,22 +85,30 @@ def train(
     head: Literal["language", "score"] = "language",
 ) -> Report:
     """Reads, tokenises, trains and publishes. trainer: its name, for card and identity."""
-    loaded = load(job.start, dtype="float32", device=job.device, head=head)
+    divides = ranks.size() > 1 and settings.parallel == "fsdp"
+    loaded = ranks.together(
+        lambda: load(job.start, dtype="float32", device="cpu" if divides else job.device, head=head)
+    )
     model = loaded.model
     _check_sizes(model, loaded.tokenizer, job.start)
-    data, tallies = read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
+    data, tallies = ranks.together(
+        lambda: read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
+    )
     counts = _counts(data)
     identity = digest(
-        [trainer, settings.model_dump(mode="json"), job.seed, loaded.fingerprint]
+        [trainer, settings.model_dump(mode="json", exclude={"parallel"}), job.seed, loaded.fingerprint]
         + [each.digest for each in data.values()]
     )
-    if found := _published(job.out, identity):
+    if found := ranks.first(lambda: _published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
-    folder = _work_folder(job.out, identity, job.say)
+    folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
     prepare(model)
     silence_dropout(model, settings)
     if head == "score":
         _keep_pad_apart(model, loaded.tokenizer)
+    if divides:
+        device = pick_device(job.device)
+        shard(model, device, compute_dtype(settings, device.type))
     objective = make_objective(Opened(model, data["train"], data["test"], loaded.fingerprint))
     task = Task(model, objective, data["train"], data["test"], settings, folder, job.seed)
     outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
@@ -114,7 +124,8 @@ def train(
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    publish(model, loaded.tokenizer, job, folder, description)
+    gather_shards(model)
+    ranks.first(lambda: publish(model, loaded.tokenizer, job, folder, description))
     return Report(job.out, outcome, counts, is_new=True)
 
 

@@ -1,0 +1,86 @@
+"""A model whose weights, gradients and optimiser state are divided over the processes: FSDP2, layer by layer.
+
+Everything else sees whole tensors: checkpoints and the model's folder are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pipeline.train import ranks
+
+T = TypeVar("T")
+
+
+def shard(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Divides the model, in place. device: where it goes; until then it may lie on the CPU.
+
+    dtype: of the weights that a layer is computed with; the shards, gradients and sums of gradients stay in fp32.
+    """
+    mesh = init_device_mesh(device.type, (ranks.size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum, and no mean
+        module.set_force_sum_reduction_for_comms(True)
+    model.call = _call
+    register_fsdp_forward_method(model, "call")
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def is_sharded(model: Any) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def compute(model: Any, function: Callable[[], T]) -> T:
+    """What a function finds that uses the model, its parts or their weights, in whatever way."""
+    if not is_sharded(model):
+        return function()
+    found: T = model.call(function)
+    if not torch.is_grad_enabled():
+        model.reshard()  # else the weights outside the layers would stay, and miss the next update
+    return found
+
+
+def undivided(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors undivided, in the first process, and there on the CPU if they were divided; none in the others."""
+    found = {}
+    for name, tensor in tensors.items():
+        complete = undivided(tensor.detach())
+        if ranks.rank() == 0:
+            found[name] = complete.cpu() if isinstance(tensor, DTensor) else complete
+    return found
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, divided as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor
+
+
+def gather(model: Any) -> None:
+    """Puts the whole weights into the first process's model, on the CPU, to be saved; it computes nothing any more."""
+    found: dict[Tensor, torch.nn.Parameter] = {}
+    for module in model.modules() if is_sharded(model) else ():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in found:
+                complete = undivided(parameter.detach())
+                found[parameter] = torch.nn.Parameter(complete.cpu() if ranks.rank() == 0 else complete[:0])
+            setattr(module, name, found[parameter])
