@@ -86,6 +86,18 @@ def start_model(run: Path, settings: Settings, trainer: str, model: str | None) 
     return str(nano.path()) if found == "nano" else found
 
 
+def reward_model(run: Path, reward: str, model: str | None) -> str | None:
+    """What scores answers in PPO: `model` if given, else the run's reward model; None where no model does."""
+    if reward not in ("model", "policy"):
+        return None
+    if model is not None:
+        return str(nano.path()) if model == "nano" else model
+    found = run / "models" / "rm"
+    if reward == "policy" or not (found / "config.json").exists():
+        raise UsageError(f"{run}: no models/rm to score with; use --reward-model MODEL, or `cai train-rm` first")
+    return str(found)
+
+
 def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
     """Brings the configured sources into the run. None if there are none, but the run has prompts already."""
     specs = _specs(job.settings)

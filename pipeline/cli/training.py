@@ -1,4 +1,4 @@
-"""train-sft, train-rm, train-dpo, train-rrhf: parse, call, print."""
+"""train-sft, train-rm, train-dpo, train-rrhf, train-ppo: parse, call, print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 LINE_EVERY_S = 30.0
-KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
 
 
 def _training_options(function: F) -> F:
@@ -89,6 +89,20 @@ def train_rrhf_command(console: Console, **options: Any) -> None:
         return train_rrhf(job, settings.train_rrhf)
 
     _train(console, "rrhf", train, **options)
+
+
+@command("train-ppo", help="Train a model by the scores of its answers (PPO), as InstructGPT was.")
+@click.option("--reward-model", metavar="MODEL", help="What scores answers; the run's models/rm if not given.")
+@_training_options
+def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline import jobs
+        from pipeline.train.ppo import train_ppo
+
+        scorer = jobs.reward_model(options["run"], settings.train_ppo.reward, reward_model)
+        return train_ppo(job, settings.train_ppo, reward_model=scorer)
+
+    _train(console, "ppo", train, **options)
 
 
 def _train(

@@ -195,7 +195,8 @@ class TrainPpoSettings(TrainSettings):
     """batch_size: prompts of a step, each with num_samples completions of up to max_tokens.
 
     reward: `model`, `policy` (mean log-probability, as RRHF ranks), `judge` (against the starting model's answer),
-    `graded` (1-10 by the judge), or `FILE.py:FUNCTION`. reencode: another tokenizer's reward model reads the text again.
+    `graded` (1-10 by the judge), or `FILE.py:FUNCTION`. reencode: a reward model with another tokenizer reads
+    the text again.
     minibatch_size: prompts of one update of the optimiser, num_inner_epochs times over the batch.
     advantages: of generalised advantage estimation with a value function, or of three baselines without one.
     value: a model of its own, or a head on the policy's backbone (joint). value_start: what it begins as.

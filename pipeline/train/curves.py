@@ -36,15 +36,15 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110, metadata={"Software": None})
 
 
-def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> None:
-    """Mean score over KL from the start, a point for each evaluation; nothing if there was none."""
+def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> bool:
+    """Mean score over KL from the start, a point for each evaluation. False if there was none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     points = [(line["eval/kl"], line["eval/scores"], line["step"]) for line in lines if "eval/kl" in line]
     if not points:
-        return
+        return False
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
@@ -56,3 +56,4 @@ def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> 
     panel.set_xlabel("KL from the start, nats a completion")
     panel.set_ylabel("mean score")
     figure.savefig(picture, dpi=110, metadata={"Software": None})
+    return True

@@ -285,6 +285,10 @@ class Tally:
         for name, values in {"loss": terms.losses, **terms.metrics}.items():
             self._parts[name].append(values.detach())
 
+    def join(self, other: Tally) -> None:
+        for name, parts in other._parts.items():
+            self._parts[name] += parts
+
     def means(self) -> dict[str, float]:
         """Over all processes."""
         sums, counts = dict[str, float](), Counter[str]()

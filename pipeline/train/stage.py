@@ -90,18 +90,18 @@ def train(
         lambda: load(job.start, dtype="float32", device="cpu" if divides else job.device, head=head)
     )
     model = loaded.model
-    _check_sizes(model, loaded.tokenizer, job.start)
+    check_sizes(model, loaded.tokenizer, job.start)
     data, tallies = ranks.together(
-        lambda: read_data(job, settings, kind, Chat(loaded.tokenizer), _context(model.config))
+        lambda: read_data(job, settings, kind, Chat(loaded.tokenizer), context_of(model.config))
     )
     counts = _counts(data)
     identity = digest(
         [trainer, settings.model_dump(mode="json", exclude={"parallel"}), job.seed, loaded.fingerprint]
         + [each.digest for each in data.values()]
     )
-    if found := ranks.first(lambda: _published(job.out, identity)):
+    if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
-    folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
+    folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
     prepare(model)
     silence_dropout(model, settings)
     if head == "score":
@@ -140,7 +140,7 @@ class Plan(NamedTuple):
 def plan(job: Job, settings: TrainSettings, kind: Kind) -> Plan:
     """Reads and tokenises, and loads no weights."""
     config = AutoConfig.from_pretrained(job.start)
-    data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), _context(config))
+    data, _ = read_data(job, settings, kind, Chat(load_tokenizer(job.start)), context_of(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
     return Plan(_counts(data), steps, measure(job.start, data["train"], settings, job.device))
 
@@ -166,15 +166,21 @@ def read_data(
     return data, tallies
 
 
-def publish(model: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
-    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes."""
+def publish(
+    model: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any], *, extras: Sequence[str] = ()
+) -> None:
+    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes.
+
+    extras: further files of the work in progress that go along.
+    """
     ready = folder / "ready"
     shutil.rmtree(ready, ignore_errors=True)
     with io_errors(ready):
         model.to(_stored_dtype(job.start))
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
-        shutil.copyfile(folder / "metrics.jsonl", ready / "metrics.jsonl")
+        for name in ("metrics.jsonl", *extras):
+            shutil.copyfile(folder / name, ready / name)
     draw_curves(ready / "metrics.jsonl", ready / "curves.png")
     write_card(ready / "README.md", description)
     write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
@@ -194,7 +200,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _published(out: Path, identity: str) -> dict[str, Any] | None:
+def published(out: Path, identity: str) -> dict[str, Any] | None:
     """The description of a finished folder that was made from the same inputs."""
     path = out / "training.json"
     if not path.exists():
@@ -205,7 +211,7 @@ def _published(out: Path, identity: str) -> dict[str, Any] | None:
     return found if found.get("identity") == identity else None
 
 
-def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
+def work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
     """The folder of work in progress; what was begun from other inputs is thrown away."""
     folder = out.with_name(f".{out.name}.training")
     marker = folder / "identity"
@@ -217,7 +223,7 @@ def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
+def check_sizes(model: Any, tokenizer: Any, name: str) -> None:
     rows_there, tokens = model.get_input_embeddings().num_embeddings, len(tokenizer)
     if tokens > rows_there:
         raise UsageError(f"model {name}: {tokens} tokens, but {rows_there} embeddings; give its own tokenizer")
@@ -232,7 +238,7 @@ def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 
