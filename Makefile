@@ -8,19 +8,21 @@ SET_UP := $(VENV)/.set-up
 
 demo: $(SET_UP)
 	rm -rf runs/demo
-	$(BIN)/cai run --run runs/demo --model nano --prompts pipeline/nano/prompts.jsonl \
-	  --set critique_revise.draw=cover --set critique_revise.rounds=3 --set rank.principles=5
+	$(BIN)/cai run --run runs/demo --config examples/nano.yaml --prompts pipeline/nano/prompts.jsonl
 	@echo
 	$(BIN)/python -m pipeline.evaluate.behaviour runs/demo
 	@echo
-	@echo 'Datasets with their cards: runs/demo/datasets/sft, preference, ranked, prompts, chains. Every file: docs/run-folder.md.'
+	$(BIN)/python -m pipeline.evaluate.held_out runs/demo
+	@echo
+	@echo 'Models: runs/demo/models/sft, rm, dpo. Datasets: runs/demo/datasets/. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
 	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
 
-# The embedded model's figures in full (minutes), against their bars, and the demo's table.
+# The embedded model's figures in full, the recipe on it with three seeds, both against their bars, and the demo's tables.
 results: $(SET_UP)
 	$(BIN)/python -m pipeline.nano.measure
+	$(BIN)/python benchmarks/nano_study.py
 	$(MAKE) demo
 
 test: $(SET_UP) lint

@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 from measured import Timeline
 
-from pipeline import jobs, recipe
+from pipeline import chain as chains
+from pipeline import jobs, voices
 from pipeline.engines.base import Engine, Reply, Request
 from pipeline.store import RunFolder
 
@@ -59,11 +60,11 @@ async def run_chains(folder: Path, prompts: Path, engine: Kept, *, style: str, m
     settings = jobs.resolve(folder, None, assignments, {"prompts": {"sources": [{"path": str(prompts)}]}})
     job, _ = jobs.open_job(folder, settings)
     jobs.ingest_prompts(job, None)
-    with patch.object(recipe, "open_engine", lambda settings, name=None: engine):
-        chain = recipe.prepare(job, recipe.DATA_STAGES)
-    await recipe.run_chain(chain, max_time=None, watch=lambda chain: asyncio.sleep(0))
+    with patch.object(voices, "open_engine", lambda settings, name=None: engine):
+        chain = chains.prepare(job, chains.DATA_STAGES)
+    await chains.run_chain(chain, max_time=None, watch=lambda chain: asyncio.sleep(0))
     engine.timeline.end()
-    for stage in recipe.DATA_STAGES:
+    for stage in chains.DATA_STAGES:
         counts = job.run.manifest(stage).counts  # type: ignore[union-attr]
         if counts["ok"] != counts["in"] or counts["lost_samples"] or counts["lost_comparisons"]:
             raise RuntimeError(f"{folder}: {stage} lost something: {dict(counts)}")

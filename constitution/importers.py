@@ -44,6 +44,7 @@ MAX_PRINCIPLES = 1_000
 _HEAD = re.compile(r"^\s*(critique ?request|revision ?request)\s*:\s*", re.IGNORECASE)
 _TAIL = re.compile(r"\s*\b(critique|revision)\s*:\s*$", re.IGNORECASE)
 _OPTIONS = re.compile(r"\s*\boptions\s*:\s*$", re.IGNORECASE)
+_YAML = re.compile(r"^(principles|wording):", re.MULTILINE)
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+")
 
 _Entry = dict[str, Any]
@@ -121,6 +122,9 @@ def _from_list(source: list[Any], file: str) -> list[_Entry]:
 
 def _from_lines(text: str, file: str) -> list[_Entry]:
     """One principle per line; empty lines and headings (#) are passed over, bullets and numbers taken off."""
+    if found := _YAML.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise ConstitutionError(f"{file}:{line}: is YAML of this project already; use `cai constitution check` on it")
     lines = (_BULLET.sub("", line).strip() for line in text.splitlines() if not line.lstrip().startswith("#"))
     return _from_list([line for line in lines if line], file)
 

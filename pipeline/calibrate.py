@@ -9,27 +9,29 @@ import asyncio
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.config.settings import Settings
-from pipeline.engines.base import Reply, Request, Usage
+from pipeline.engines.base import Reply, Request
+from pipeline.engines.votes import NUM_VOTES
 from pipeline.errors import UsageError
 from pipeline.estimate import Call, Measured
 from pipeline.jobs import Job, constitution_file, ingest_prompts
-from pipeline.recipe import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.store import RunFolder, StageWriter
 
 
 def calibrate(path: Path, settings: Settings, num: int) -> Measured:
     """Runs the first `num` prompts of the sources, or else of the run at `path`, whose lock the caller holds."""
     run = RunFolder(path, create=True)
-    usages: dict[str, list[Usage]] = defaultdict(list)
+    replies: dict[str, list[Reply]] = defaultdict(list)
     asked: list[float] = []
     began = 0.0
 
     def keep(request: Request, reply: Reply, is_new: bool) -> None:
-        usages[request.kind].append(reply.usage)
+        replies[request.kind].append(reply)
         if is_new:
             asked.append(time.monotonic())
 
@@ -45,16 +47,19 @@ def calibrate(path: Path, settings: Settings, num: int) -> Measured:
         chain = prepare(job, DATA_STAGES, journal_folder=run.path / "journal", on_reply=keep)
         asyncio.run(run_chain(chain, max_time=settings.run.max_time, watch=note_begin))
         records = chain.driver.progress.total
-    calls = (
-        Call(
-            kind,
-            len(found) / records,
-            sum(usage.prompt_tokens for usage in found) / len(found),
-            sum(usage.completion_tokens for usage in found) / len(found),
-        )
-        for kind, found in usages.items()
+    calls = tuple(_call(kind, found, records) for kind, found in replies.items())
+    return Measured(records, calls, (asked[-1] - began) / len(asked) if asked else None)
+
+
+def _call(kind: str, replies: Sequence[Reply], records: int) -> Call:
+    num = len(replies)
+    return Call(
+        kind,
+        num / records,
+        tokens_in=sum(reply.usage.prompt_tokens for reply in replies) / num,
+        tokens_out=sum(reply.usage.completion_tokens for reply in replies) / num,
+        requests=sum(NUM_VOTES if reply.method == "votes" else 1 for reply in replies) / num,
     )
-    return Measured(records, tuple(calls), (asked[-1] - began) / len(asked) if asked else None)
 
 
 def _bring_prompts(run: RunFolder, job: Job, num: int) -> None:

@@ -20,12 +20,12 @@ from pipeline.engines.base import Request
 from pipeline.engines.votes import NUM_VOTES
 from pipeline.errors import CaiError, RequestFailed, UsageError
 from pipeline.jobs import constitution_file
-from pipeline.recipe import Engines
 from pipeline.records import Prompt
 from pipeline.sources import Spec, read
 from pipeline.stages.asking import Voice
 from pipeline.store import RunFolder
 from pipeline.trial import with_some_model
+from pipeline.voices import Engines
 
 PACKAGE, EXTRAS = "constitutional-pipeline", ("vllm", "qlora")
 MAX_WAIT_S = 60.0

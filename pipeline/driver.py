@@ -52,10 +52,11 @@ class Progress:
 
 
 class Shard:
-    """A prompt part in flight: what its records have come to, by stage."""
+    """A prompt part in flight: what its records have come to, by stage. rows: its prompts, those not taken too."""
 
-    def __init__(self, number: int, records: list[Record], todo: list[Stage], segment: Segment) -> None:
+    def __init__(self, number: int, rows: int, records: list[Record], todo: list[Stage], segment: Segment) -> None:
         self.number = number
+        self.rows = rows
         self.records = records
         self.todo = todo
         self.segment = segment
@@ -67,6 +68,7 @@ class Driver:
     """Sends the records of a run through `stages`.
 
     window: records in flight. limit: only the first `limit` prompts of the run. inputs: stages that ran before these.
+    takes: which prompts come in; the others are counted as `not_taken`.
     A call of `stop` lets the requests in flight finish (for `grace_s` seconds), then `run` raises StoppedError.
     """
 
@@ -79,6 +81,7 @@ class Driver:
         window: int,
         limit: int | None = None,
         inputs: Sequence[str] = (),
+        takes: Callable[[Line], bool] = lambda prompt: True,
         grace_s: float = 30.0,
     ) -> None:
         self.run_folder = run
@@ -89,6 +92,7 @@ class Driver:
         for name in inputs:
             run.check_inputs(name)
         self._inputs = {name: run.parts(name) for name in inputs}
+        self._takes = takes
         self.grace_s = grace_s
         parts = run.parts("prompts")
         total = sum(part["rows"] for part in parts)
@@ -146,7 +150,9 @@ class Driver:
                     todo.append(stage)
             if todo:
                 records = self._read_records(number, part, rows, ordinal, todo)
-                yield Shard(number, records, todo, self.journal.open(number))
+                self.progress.done += rows - len(records)
+                self.progress.kept += rows - len(records)
+                yield Shard(number, rows, records, todo, self.journal.open(number))
             else:
                 self.progress.done += rows
                 self.progress.kept += rows
@@ -177,6 +183,7 @@ class Driver:
         records = [
             Record(line["id"], line["messages"], ordinal + place, line["tags"], line.get("completions", []))
             for place, line in enumerate(lines)
+            if self._takes(line)
         ]
         by_id = {record.id: record for record in records}
         done = {stage.name: stage.writer.parts for stage in self.stages if stage not in todo}
@@ -191,7 +198,7 @@ class Driver:
         for number, part in enumerate(stage.writer.parts):
             counts = part["counts"]
             before = self._part(stage.needs[-1], number) if stage.needs else None
-            expected = before["counts"]["ok"] if before else part["prompts"]
+            expected = before["counts"]["ok"] if before else part["prompts"] - counts.get("not_taken", 0)
             is_comparable = before is None or before["prompts"] == part["prompts"]
             if counts["in"] != counts["ok"] + counts["filtered"] + counts["failed"] or (
                 is_comparable and counts["in"] != expected
@@ -280,7 +287,7 @@ class Driver:
 
 def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
     """Publishes one stage's part of a finished shard."""
-    outcomes = shard.outcomes[stage.name]
+    outcomes, name = shard.outcomes[stage.name], stage.writer.run.name_of(stage.name)
     lines: list[Line] = []
     failed: list[Line] = []
     filtered: list[Line] = []
@@ -290,8 +297,8 @@ def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
         outcome = outcomes.get(record.id)
         if outcome is None:
             continue
-        failed += failure_lines(stage.name, record.id, outcome.failures)
-        filtered += failure_lines(stage.name, record.id, outcome.filtered)
+        failed += failure_lines(name, record.id, outcome.failures)
+        filtered += failure_lines(name, record.id, outcome.filtered)
         tally.update(stage.tally(outcome))
         if outcome.line is not None:
             lines.append(outcome.line)
@@ -300,10 +307,12 @@ def publish(stage: Stage, shard: Shard, inputs: Mapping[str, str]) -> None:
         else:
             num_filtered += 1
         tally.update("passing" for failure in outcome.failures if failure.reason in PASSING_REASONS)
+    if not_taken := shard.rows - len(shard.records):
+        tally["not_taken"] = not_taken
     stage.writer.publish(
         shard.number,
         lines,
-        prompts=len(shard.records),
+        prompts=shard.rows,
         num_in=len(outcomes),
         inputs=inputs,
         failed=failed,

@@ -6,24 +6,30 @@ time; what was measured on a few prompts (calibrate.py) replaces the guesses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from constitution.principles import Constitution
 from constitution.ranking import schedule
 from pipeline.config.settings import Settings
+from pipeline.engines import resolve_backend
+from pipeline.engines.votes import MAX_TOKENS as VOTE_TOKENS
+from pipeline.engines.votes import NUM_VOTES
 
 CHARACTERS_PER_TOKEN = 4.0
 BYTES_PER_REPLY = 250
 """Of the journal and the parts, besides the text itself."""
 REPLY_SHARE = 0.3
 """Of max_tokens, what a reply is taken to be long."""
+VERDICTS = frozenset({"comparison", "check", "grade"})
+"""Kinds of request that are answered with labels."""
 
 
 class Estimate(NamedTuple):
     """records: prompts; tokens: (in, out) over all requests; disk: bytes of the run folder.
 
-    cost: in the currency of the prices, None without any. seconds: None if nothing was measured.
+    cost: in the currency of the prices, None without any. seconds: None if nothing was measured. by_votes: the same for
+    a judge that gives no log-probabilities; None where it is known which one it is.
     """
 
     records: int
@@ -33,23 +39,25 @@ class Estimate(NamedTuple):
     disk: int
     cost: float | None
     seconds: float | None
+    by_votes: Estimate | None = None
 
 
 class Call(NamedTuple):
-    """One kind of request of one record: how many, and the tokens of one prompt and one reply."""
+    """One kind of reply of one record: how many; for one of them the tokens in and out, and the requests (votes)."""
 
     kind: str
     num: float
     tokens_in: float
     tokens_out: float
+    requests: float = 1.0
 
 
 class Measured(NamedTuple):
-    """What some records took. seconds_per_request: with all of them in flight; None if every reply was known."""
+    """What some records took. seconds_per_reply: with all of them in flight; None if every reply was known."""
 
     records: int
     calls: tuple[Call, ...]
-    seconds_per_request: float | None
+    seconds_per_reply: float | None
 
 
 def estimate(
@@ -63,21 +71,80 @@ def estimate(
     measured: Measured | None = None,
 ) -> Estimate:
     """characters: of all prompts together. max_tokens: of a reply, where the settings do not say."""
+    size = {"records": records, "characters": characters}
+    if measured:
+        return _total(settings, measured.calls, measured.seconds_per_reply, **size)
     prompt = characters / max(records, 1) / CHARACTERS_PER_TOKEN
-    calls = measured.calls if measured else tuple(_calls(settings, constitution, names, prompt, max_tokens))
+    calls = tuple(_calls(settings, constitution, names, prompt, max_tokens))
+    found = _total(settings, calls, None, **size)
+    voted = tuple(_by_votes(call) if call.kind in VERDICTS else call for call in calls)
+    if voted == calls or resolve_backend(settings.engine_for(settings.judge)) != "server":
+        return found
+    return found._replace(by_votes=_total(settings, voted, None, **size))
+
+
+def _by_votes(call: Call) -> Call:
+    return call._replace(
+        tokens_in=NUM_VOTES * call.tokens_in, tokens_out=NUM_VOTES * REPLY_SHARE * VOTE_TOKENS, requests=NUM_VOTES
+    )
+
+
+def _total(
+    settings: Settings, calls: Sequence[Call], seconds_per_reply: float | None, *, records: int, characters: int
+) -> Estimate:
     requests: dict[str, int] = {}
     for call in calls:
-        requests[call.kind] = requests.get(call.kind, 0) + round(records * call.num)
+        requests[call.kind] = requests.get(call.kind, 0) + round(records * call.num * call.requests)
+    replies = sum(round(records * call.num) for call in calls)
     tokens_in = records * sum(call.num * call.tokens_in for call in calls)
     tokens_out = records * sum(call.num * call.tokens_out for call in calls)
-    replies = sum(requests.values())
     # Every reply stands in the journal and in a part, its prompt in none of them.
     disk = 2 * (characters + int(tokens_out * CHARACTERS_PER_TOKEN) + replies * BYTES_PER_REPLY)
-    each = measured.seconds_per_request if measured else None
-    seconds = None if each is None else each * replies
+    seconds = None if seconds_per_reply is None else seconds_per_reply * replies
     return Estimate(
         records, requests, round(tokens_in), round(tokens_out), disk, _cost(settings, calls, records), seconds
     )
+
+
+def total(estimates: Mapping[int, Estimate]) -> Estimate:
+    """Of several phases, by number; requests of phase 2 have their phase in the name, and phase 1's pace."""
+    voted = any(part.by_votes for part in estimates.values())
+    by_votes = _sum({phase: part.by_votes or part for phase, part in estimates.items()}) if voted else None
+    return _sum(estimates)._replace(by_votes=by_votes)
+
+
+def _sum(estimates: Mapping[int, Estimate]) -> Estimate:
+    parts = list(estimates.values())
+    requests = {
+        kind if phase == 1 else f"phase{phase}/{kind}": number
+        for phase, part in estimates.items()
+        for kind, number in part.requests.items()
+    }
+    costs = [part.cost for part in parts if part.cost is not None]
+    paces = [part.seconds / sum(part.requests.values()) for part in parts if part.seconds is not None]
+    return Estimate(
+        max(part.records for part in parts),
+        requests,
+        sum(part.tokens_in for part in parts),
+        sum(part.tokens_out for part in parts),
+        sum(part.disk for part in parts),
+        sum(costs) if costs else None,
+        paces[0] * sum(requests.values()) if paces else None,
+    )
+
+
+def num_steps(settings: Settings, trainer: str, prompts: Mapping[str, int]) -> int:
+    """The most steps a training takes: every prompt gives all the rows it can. prompts: of each split."""
+    samples, rounds = settings.generate.samples, settings.critique_revise.rounds
+    targets = {"best": 1, "last": samples, "all": samples * rounds, "improved": samples * rounds}
+    pairs = {"best-worst": 1, "all": samples * (samples - 1) // 2, "revision-draft": samples}
+    rows = prompts.get("preference", 0)
+    if trainer == "sft":
+        rows = prompts.get("sft", 0) * targets[settings.export.sft]
+    elif trainer in ("rm", "dpo"):
+        rows *= pairs[settings.export.pairs]
+    section = getattr(settings, f"train_{trainer}")
+    return -(-rows // section.batch_size) * section.epochs
 
 
 def _cost(settings: Settings, calls: Sequence[Call], records: int) -> float | None:

@@ -14,6 +14,7 @@ from pipeline.records import Line, Record
 from pipeline.store import RunFolder
 
 STAGES = ("generate", "critique-revise", "rank")
+PHASE_2 = ("phase2/generate", "phase2/rank")
 STATES = ("failed", "filtered")
 
 
@@ -35,11 +36,17 @@ class Case(NamedTuple):
         """What was ranked, best first; [] before `rank`."""
         return sorted(self.record.lines.get("rank", {}).get("candidates", []), key=lambda c: c["rank"])
 
+    @property
+    def samples(self) -> list[Line]:
+        """What the policy of phase 2 answered; [] if it was not asked."""
+        found: list[Line] = self.record.lines.get("phase2/generate", {}).get("completions", [])
+        return found
+
     def plain(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
         prompt = {"id": self.record.id, "messages": self.record.messages, "tags": self.record.tags}
         given = {"completions": self.record.given} if self.record.given else {}
-        stages = {name: self.record.lines[name] for name in STAGES if name in self.record.lines}
+        stages = {name: self.record.lines[name] for name in (*STAGES, *PHASE_2) if name in self.record.lines}
         return {**prompt, **given, **stages, "failed": self.failed, "filtered": self.filtered}
 
 
@@ -64,12 +71,12 @@ class Wanted(NamedTuple):
 
 def cases(run: RunFolder, wanted: Wanted) -> Iterator[Case]:
     """The wanted records in the order of the prompts. A part without a wanted id costs no more than its prompts."""
-    stages = {name: run.parts(name) for name in STAGES}
+    published = [_Stage(seen, name, seen.parts(name)) for seen in (run, run.of_phase(2)) for name in STAGES]
     ordinal = 0
     for number, part in enumerate(run.parts("prompts")):
         prompts = run.read_part("prompts", part)
         if any(prompt["id"].startswith(wanted.id_prefix) for prompt in prompts):
-            read = _Part(run, stages, number)
+            read = _Part(published, number)
             for place, prompt in enumerate(prompts):
                 if prompt["id"].startswith(wanted.id_prefix) and wanted.fits(
                     case := read.case(prompt, ordinal + place)
@@ -108,16 +115,27 @@ def _principles(case: Case) -> set[str]:
     return {entry["principle"] for entry in asked}
 
 
+class _Stage(NamedTuple):
+    """A stage and its parts. run: as its phase sees it."""
+
+    run: RunFolder
+    name: str
+    parts: list[dict[str, Any]]
+
+
 class _Part:
     """What the stages published of one part of the prompts."""
 
-    def __init__(self, run: RunFolder, stages: dict[str, list[dict[str, Any]]], number: int) -> None:
-        done = {name: parts for name, parts in stages.items() if number < len(parts)}
-        self.lines = {name: _by_id(run.read_part(name, parts[number])) for name, parts in done.items()}
+    def __init__(self, published: list[_Stage], number: int) -> None:
+        done = [stage for stage in published if number < len(stage.parts)]
+        self.lines = {
+            stage.run.name_of(stage.name): _by_id(stage.run.read_part(stage.name, stage.parts[number]))
+            for stage in done
+        }
         self.losses: dict[str, dict[str, list[Line]]] = {state: {} for state in STATES}
         for state, found in self.losses.items():
-            for name, parts in done.items():
-                for line in run.read_losses(state, name, parts, number):
+            for stage in done:
+                for line in stage.run.read_losses(state, stage.name, stage.parts, number):
                     found.setdefault(line["id"], []).append(line)
 
     def case(self, prompt: Line, ordinal: int) -> Case:

@@ -1,310 +1,69 @@
-"""The recipe: which stages a call runs, on which engines, and what each stage's lines depend on."""
+"""The recipe: what `cai run` does, in order (Bai et al. 2022, arXiv 2212.08073).
+
+Phase 1 is the paper's SL-CAI: a model revises its answers under the principles and is trained on the revisions. Phase 2
+is its RL-CAI up to the policy: answers sampled from that SFT model are ranked by the judge of phase 1, and preferences
+train a reward model and, from the SFT model again, the policy. Every step is a command of its own, too, and one that
+was done from the same inputs is not done again.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
-import signal
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from constitution.principles import Constitution
-from pipeline import nano
-from pipeline.checks import TEMPLATE_CURE, preflight
-from pipeline.config.settings import EngineSettings
-from pipeline.driver import Driver, Stage
-from pipeline.engines import open_engine
-from pipeline.engines.base import Engine, Reply, Request
-from pipeline.errors import EngineRefused, IncompleteError, RequestFailed, UsageError
-from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS, Job, keep_inputs
-from pipeline.journal import Journal, OnReply
-from pipeline.records import digest
-from pipeline.stages import critique_revise, generate, rank
-from pipeline.stages.asking import Voice
-from pipeline.store import StageWriter
+from pipeline.chain import DATA_STAGES
+from pipeline.config.settings import RecipeSettings, Settings, Trainer
+from pipeline.jobs import has_own_model
 
-DATA_STAGES = ("generate", "critique-revise", "rank")
-SATISFIED_SHARE = 0.9
+DEFAULT_TRAINERS: tuple[Trainer, ...] = ("sft", "rm", "dpo")
 
 
-class Engines:
-    """The engines of one call; equal settings share one."""
+class Stages(NamedTuple):
+    """Stages of a phase, run as one chain."""
 
-    def __init__(self, constitution: Constitution) -> None:
-        self._constitution = constitution
-        self._open: dict[str, Engine] = {}
-        self._voices: dict[tuple[str, str], Voice] = {}
-        self._prices: dict[Engine, tuple[float, float]] = {}
-
-    def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
-        """The engine of a section, and how to speak to it. `nano` stands for the embedded model's folder."""
-        is_nano = settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
-        key = digest(settings.model_dump(mode="json", exclude={"style"}))
-        if key not in self._open:
-            found = settings.model_copy(update={"model": str(nano.path())}) if is_nano else settings
-            try:
-                self._open[key] = open_engine(found, name="nano" if is_nano else None)
-            except RequestFailed as error:
-                raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
-            if settings.price_in is not None or settings.price_out is not None:
-                self._prices[self._open[key]] = (settings.price_in or 0.0, settings.price_out or 0.0)
-        default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
-        voice = Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
-        known = self._voices.setdefault((key, settings.style), voice)
-        if known.max_tokens < voice.max_tokens:
-            self._voices[key, settings.style] = voice
-        return voice
-
-    def preflight(self, folder: Path, kinds: Collection[str]) -> list[str]:
-        """What is doubtful before the first request; see checks.py. folder: of the run. kinds: what will be asked."""
-        checks = preflight(folder, self._voices.values(), self._constitution, kinds)
-        return [str(check) for check in checks if check.state != "ok"]
-
-    @property
-    def neutralised(self) -> int:
-        """Texts of special tokens in prompts that were sent as plain text."""
-        return sum(engine.neutralised for engine in self._open.values())
-
-    def cost(self, usage: Mapping[Engine, Counter[str]]) -> float | None:
-        """Of so many tokens, in the currency of the prices; None without any. A model without a price costs nothing."""
-        if not self._prices:
-            return None
-        return sum(
-            (found["prompt_tokens"] * price_in + found["completion_tokens"] * price_out) / 1e6
-            for engine, found in usage.items()
-            for price_in, price_out in [self._prices.get(engine, (0.0, 0.0))]
-        )
-
-    @property
-    def concurrency(self) -> int:
-        """Places for requests, of all engines together."""
-        return sum(engine.concurrency for engine in self._open.values())
-
-    async def start(self) -> None:
-        for engine in self._open.values():
-            await engine.start()
-
-    async def close(self) -> None:
-        for engine in self._open.values():
-            await engine.close()
+    phase: int
+    names: tuple[str, ...]
 
 
-def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage]:
-    """The named stages in the order of the recipe, each with the identity of all that its lines depend on."""
-    settings, seed = job.settings, job.settings.run.seed
-    judge_settings = settings.engine_for(settings.judge)
-    stages: list[Stage] = []
-    upstream = {
-        name: made.fingerprint for name in DATA_STAGES if (made := job.run.manifest(name)) and name not in names
-    }
+class Export(NamedTuple):
+    """All datasets. before_samples: preferences are still to come, and may be empty now."""
 
-    def add(
-        name: str, run: Callable[..., Any], tally: Callable[..., Any], needs: tuple[str, ...], *depends: Any
-    ) -> None:
-        before = {stage: upstream[stage] for stage in DATA_STAGES[: DATA_STAGES.index(name)] if stage in upstream}
-        upstream[name] = digest([name, seed, before, *depends])
-        stages.append(Stage(name, run, StageWriter(job.run, name, upstream[name]), needs, tally))
-
-    if "generate" in names:
-        voices = [engines.voice(model, settings.generate.max_tokens) for model in settings.generators.values()]
-        run: Any = partial(generate.generate, models=voices, settings=settings.generate, seed=seed)
-        section = settings.generate.model_dump(mode="json", exclude={"models"})
-        add("generate", run, generate.tally, (), section, [_identity(voice) for voice in voices])
-    if "critique-revise" in names:
-        using = _critique_revise(job, engines)
-        run = partial(critique_revise.critique_revise, using=using)
-        section = settings.critique_revise.model_dump(mode="json")
-        voices = [*using.authors, *using.critics, using.judge]
-        depends = [section, job.constitution.digest, using.reviser is None, [_identity(voice) for voice in voices]]
-        add("critique-revise", run, critique_revise.tally, ("generate",), *depends)
-    if "rank" in names:
-        judge = engines.voice(judge_settings, settings.rank.max_tokens)
-        run = partial(rank.rank, using=rank.Rank(job.constitution, judge, settings.rank, seed))
-        section = settings.rank.model_dump(mode="json")
-        add("rank", run, rank.tally, _rank_needs(upstream), section, job.constitution.digest, _identity(judge))
-    return stages
+    before_samples: bool
 
 
-def _critique_revise(job: Job, engines: Engines) -> critique_revise.CritiqueRevise:
-    settings, max_tokens = job.settings, job.settings.critique_revise.max_tokens
-    critics = [engines.voice(critic, max_tokens) for critic in settings.critics.values()]
-    is_one = bool(critics) and isinstance(settings.critic, dict)
-    authors = [] if is_one else [engines.voice(author, max_tokens) for author in settings.generators.values()]
-    return critique_revise.CritiqueRevise(
-        constitution=job.constitution,
-        authors=authors,
-        critics=critics,
-        reviser=critics[0] if is_one else None,
-        judge=engines.voice(settings.engine_for(settings.judge)),
-        settings=settings.critique_revise,
-        seed=settings.run.seed,
-        samples=settings.generate.samples,
-    )
+class Train(NamedTuple):
+    trainer: Trainer
 
 
-def _rank_needs(upstream: dict[str, str]) -> tuple[str, ...]:
-    """Ranking takes what is there: revised drafts, drafts alone, or only the answers that came with the prompts."""
-    return tuple(name for name in ("generate", "critique-revise") if name in upstream)
+Step = Stages | Export | Train
 
 
-def _identity(voice: Voice) -> list[Any]:
-    return [voice.engine.fingerprint, voice.engine.context, voice.style, voice.max_tokens]
+def steps(recipe: RecipeSettings, trainers: Sequence[Trainer]) -> list[Step]:
+    """The steps of a run that trains these; see `trainers`."""
+    policies = [Train(trainer) for trainer in trainers if trainer != "sft"] if recipe.phases == 2 else []
+    samples = bool(policies) and recipe.pairs != "revisions"
+    found: list[Step] = [Stages(1, DATA_STAGES), Export(before_samples=samples)]
+    if "sft" in trainers:
+        found += [Train("sft")]
+    if samples:
+        # One after the other, so that one GPU need never hold both the policy and the judge.
+        found += [Stages(2, ("generate",)), Stages(2, ("rank",)), Export(before_samples=False)]
+    return found + policies
 
 
-@dataclass
-class Chain:
-    """Stages about to run. `driver.progress`, `journal` and `usage` tell how far they are."""
-
-    stages: list[Stage]
-    engines: Engines
-    journal: Journal
-    driver: Driver
-    usage: Counter[str]
-
-
-def prepare(
-    job: Job,
-    names: Sequence[str],
-    *,
-    limit: int | None = None,
-    grace_s: float = 30.0,
-    journal_folder: Path | None = None,
-    on_reply: OnReply | None = None,
-) -> Chain:
-    """Opens the engines, keeps the inputs and lines the stages up. UsageError if a stage before them has not run.
-
-    journal_folder: the run's own if not given. on_reply: see Journal.
-    """
-    earlier = [name for name in DATA_STAGES if name not in names and DATA_STAGES.index(name) < _first(names)]
-    inputs = [name for name in earlier if job.run.manifest(name)]
-    if "critique-revise" in names and "generate" not in [*names, *inputs]:
-        raise UsageError(f"{job.run.path}: no drafts to revise; run `cai generate --run {job.run.path}` first")
-    engines = Engines(job.constitution)
-    try:
-        stages = build_stages(job, engines, names)
-        if job.frozen:
-            _check_frozen(job, stages)
-        keep_inputs(job)
-    except BaseException:
-        # A model that is loaded already must not outlive one that cannot be.
-        asyncio.run(engines.close())
-        raise
-    usage: Counter[str] = Counter()
-    budget, budget_cost = job.settings.run.budget_tokens, job.settings.run.budget_cost
-
-    def count(request: Request, reply: Reply, is_new: bool) -> None:
-        if on_reply:
-            on_reply(request, reply, is_new)
-        if not is_new:
-            return
-        usage.update(reply.usage._asdict())
-        if budget is not None and usage["prompt_tokens"] + usage["completion_tokens"] >= budget:
-            driver.stop("at run.budget_tokens")
-        if budget_cost is not None and (engines.cost(journal.usage) or 0.0) >= budget_cost:
-            driver.stop("at run.budget_cost")
-
-    journal = Journal(journal_folder or job.run.path / "journal", on_reply=count)
-    # A record asks for several things at once, so fewer records than places keep the engine full.
-    window = max(2, engines.concurrency)
-    driver = Driver(job.run, stages, journal, window=window, limit=limit, inputs=inputs, grace_s=grace_s)
-    return Chain(stages, engines, journal, driver, usage)
+def trainers(settings: Settings) -> tuple[tuple[Trainer, ...], str]:
+    """Whom `cai run` trains; and if `auto` leaves that to nobody, why, for people to read."""
+    asked = settings.recipe.trainers
+    if asked != "auto":
+        return asked, ""
+    if not has_own_model(settings):
+        return (), "the run has no model of its own to train, only an endpoint"
+    if settings.engine.model == "nano" or _has_gpu():
+        return DEFAULT_TRAINERS, ""
+    return (), "there is no GPU here; `--set 'recipe.trainers=[sft, rm, dpo]'` trains all the same"
 
 
-def _check_frozen(job: Job, stages: Sequence[Stage]) -> None:
-    """UsageError if a stage depends on something else than before: a model's content, since the settings are equal."""
-    for stage in stages:
-        manifest = job.run.manifest(stage.name)
-        if manifest and manifest.fingerprint != stage.writer.fingerprint:
-            raise UsageError(
-                f"{stage.writer.folder}: --frozen, but the model that {stage.name} asks, or a stage before it, has "
-                "changed; leave --frozen out to make it anew"
-            )
+def _has_gpu() -> bool:
+    import torch
 
-
-def _first(names: Sequence[str]) -> int:
-    return min(DATA_STAGES.index(name) for name in names)
-
-
-async def run_chain(
-    chain: Chain,
-    *,
-    max_time: float | None,
-    watch: Callable[[Chain], Awaitable[None]],
-    warn: Callable[[str], None] = lambda text: None,
-) -> None:
-    """Runs the stages to the end. SIGTERM, SIGUSR1, Ctrl-C and `max_time` seconds stop it; StoppedError then.
-
-    watch: a coroutine beside the requests, for progress; it is cancelled at the end. warn: gets what is doubtful before
-    the first request; EngineRefused for what cannot work. A second Ctrl-C ends the process with 130.
-    """
-    loop = asyncio.get_running_loop()
-    interrupts = 0
-
-    def interrupted() -> None:
-        nonlocal interrupts
-        interrupts += 1
-        if interrupts > 1:
-            os._exit(130)
-        chain.driver.stop()
-
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        loop.add_signal_handler(number, chain.driver.stop)
-    timer = loop.call_later(max_time, chain.driver.stop, "at run.max_time") if max_time else None
-    watcher: asyncio.Future[None] | None = None
-    try:
-        await chain.engines.start()
-        # What is loaded by now stays: with it, a full collection stops all requests for a second.
-        gc.collect()
-        gc.freeze()
-        kinds = {kind for stage in chain.stages for kind in _KINDS[stage.name]}
-        for doubt in chain.engines.preflight(chain.driver.run_folder.path, kinds):
-            warn(doubt)
-        watcher = asyncio.ensure_future(watch(chain))
-        await chain.driver.run()
-    finally:
-        if timer:
-            timer.cancel()
-        if watcher:
-            watcher.cancel()
-            await asyncio.gather(watcher, return_exceptions=True)
-        await chain.engines.close()
-
-
-_KINDS = {
-    "generate": ("draft",),
-    "critique-revise": ("critique", "revision", "check", "comparison"),
-    "rank": ("comparison", "grade"),
-}
-"""What each stage may ask, of constitution.samples.KINDS."""
-
-_SHARES = (("failed", "in"), ("filtered", "in"), ("lost_samples", "samples"), ("lost_comparisons", "comparisons"))
-"""Counts of losses, and of what each is a share of."""
-
-
-def check_shares(job: Job, names: Sequence[str]) -> None:
-    """IncompleteError (3) if a stage lost more than `run.max_failed_share` of its records, samples or comparisons."""
-    allowed = job.settings.run.max_failed_share
-    for name in names:
-        manifest = job.run.manifest(name)
-        counts = manifest.counts if manifest else Counter[str]()
-        for lost, total in _SHARES:
-            if counts[lost] > allowed * counts[total]:
-                state = "filtered" if lost == "filtered" else "failed"
-                raise IncompleteError(
-                    f"{name}: {lost.replace('_', ' ')} {counts[lost]} of {counts[total]}, more than "
-                    f"run.max_failed_share ({allowed:.0%}); see {job.run.losses_path(state, name)}"
-                )
-
-
-def satisfied_drafts(job: Job) -> float | None:
-    """The share of drafts in which the first round found nothing to improve; None before critique-revise."""
-    manifest = job.run.manifest("critique-revise")
-    if not manifest or not manifest.counts["first_rounds"]:
-        return None
-    return manifest.counts["drafts_satisfied"] / manifest.counts["first_rounds"]
+    return torch.cuda.is_available()

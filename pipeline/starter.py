@@ -11,6 +11,8 @@ from pipeline.nano import example_prompts
 from pipeline.store import io_errors, make_folder, write_atomic
 
 NUM_PROMPTS = 50
+EXAMPLE = "How do I rob the village bank?"
+"""A prompt of the embedded model's world, to try first."""
 _CONFIG = Path(__file__).with_name("config") / "starter.yaml"
 
 

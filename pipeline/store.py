@@ -90,10 +90,14 @@ def read_json(path: Path) -> Any:
 
 
 class RunFolder:
-    """A folder `runs/NAME` and what stands in it. Opening creates it where `create` is set."""
+    """A folder `runs/NAME` and what stands in it. Opening creates it where `create` is set.
 
-    def __init__(self, path: Path | str, *, create: bool = False) -> None:
+    phase: whose stages are meant by their names; those of phase 2 lie in `phase2/`. Both have the same prompts.
+    """
+
+    def __init__(self, path: Path | str, *, create: bool = False, phase: int = 1) -> None:
         self.path = Path(path)
+        self.phase = phase
         self.check(self.path, create=create)
         marker = self.path / "run.json"
         if not marker.exists():
@@ -124,9 +128,21 @@ class RunFolder:
         if path.is_dir() and any(p.name not in (".run.json.tmp", "lock") for p in path.iterdir()):
             raise UsageError(f"{path}: not empty and no run folder (no run.json); choose another --run")
 
+    def of_phase(self, phase: int) -> RunFolder:
+        """The same run, seen from that phase."""
+        return RunFolder(self.path, phase=phase)
+
+    def folder(self, stage: str) -> Path:
+        """Where the parts of a stage lie."""
+        return self.path / self.name_of(stage)
+
+    def name_of(self, stage: str) -> str:
+        """The stage as people are told of it: with its phase, unless that is the first."""
+        return stage if self.phase == 1 or stage == "prompts" else f"phase{self.phase}/{stage}"
+
     def manifest(self, stage: str) -> Manifest | None:
         """The stage's manifest, None if the stage has published nothing."""
-        path = self.path / stage / "manifest.json"
+        path = self.folder(stage) / "manifest.json"
         return Manifest(path, read_json(path)) if path.exists() else None
 
     def parts(self, stage: str) -> list[dict[str, Any]]:
@@ -139,7 +155,7 @@ class RunFolder:
             yield from self.read_part(stage, part)
 
     def read_part(self, stage: str, part: Mapping[str, Any]) -> list[Line]:
-        return _verified_lines(self.path / stage / part["file"], part)
+        return _verified_lines(self.folder(stage) / part["file"], part)
 
     def check_inputs(self, stage: str) -> None:
         """UsageError if the stage was made from parts that a stage before it does not have any more."""
@@ -149,13 +165,14 @@ class RunFolder:
                 if name not in now:
                     now[name] = {entry["file"]: entry["sha256"] for entry in self.parts(name)}
                 if now[name].get(part["file"]) != sha256:
+                    phase = "" if self.phase == 1 else f" --phase {self.phase}"
                     raise UsageError(
-                        f"{self.path / stage / part['file']}: {name} has changed since this was made from it; "
-                        f"run `cai {stage} --run {self.path}` first"
+                        f"{self.folder(stage) / part['file']}: {name} has changed since this was made from it; "
+                        f"run `cai {stage} --run {self.path}{phase}` first"
                     )
 
     def losses_path(self, state: str, stage: str) -> Path:
-        return self.path / state / f"{stage.replace('/', '-')}.jsonl"
+        return self.path / state / f"{self.name_of(stage).replace('/', '-')}.jsonl"
 
     def losses(self, state: str, stage: str) -> Iterator[Line]:
         """The counted lines of `failed/STAGE.jsonl` or `filtered/STAGE.jsonl` (state says which), verified."""
@@ -234,7 +251,7 @@ class StageWriter:
         self.run = run
         self.stage = stage
         self.fingerprint = fingerprint
-        self.folder = run.path / stage
+        self.folder = run.folder(stage)
         manifest = run.manifest(stage)
         is_same = manifest is not None and manifest.fingerprint == fingerprint
         self.parts: list[dict[str, Any]] = list(manifest.parts) if manifest and is_same else []

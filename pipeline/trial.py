@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.config.settings import Settings
 from pipeline.conversations import read_conversation
 from pipeline.errors import EngineDown, StoppedError
 from pipeline.jobs import Job, constitution_file
 from pipeline.reading import Case, Wanted, select
-from pipeline.recipe import DATA_STAGES, Chain, prepare, run_chain
 from pipeline.records import message_id
 from pipeline.store import RunFolder, StageWriter
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline import jobs, recipe
+from pipeline import chain as chains
+from pipeline import jobs
 from pipeline.config.settings import Settings
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.journal import Journal
@@ -28,7 +29,7 @@ from pipeline.store import RunFolder
 
 CAI = Path(sys.executable).with_name("cai")
 FAULTS = Path(__file__).parent / "faults"
-PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "failed", "filtered", "datasets")
+PUBLISHED = ("prompts", "generate", "critique-revise", "rank", "phase2", "failed", "filtered", "datasets")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -144,25 +145,27 @@ def write_prompts(path: Path, num: int, first: int = 0) -> Path:
 def play(
     run: Path,
     tree: dict[str, Any],
-    names: tuple[str, ...] = recipe.DATA_STAGES,
+    names: tuple[str, ...] = chains.DATA_STAGES,
     *,
     limit: int | None = None,
     export: bool = True,
-) -> recipe.Chain:
-    """What `cai run` does, in this process. tree: settings by section; the engine is the scripted one."""
+    phase: int = 1,
+) -> chains.Chain:
+    """What `cai run` does with stages, in this process. tree: settings by section; the engine is the scripted one."""
     settings = Settings.model_validate({**tree, "engine": {"backend": "scripted", **tree.get("engine", {})}})
     RunFolder(run, create=True)
     job, _ = jobs.open_job(run, settings)
     if settings.prompts.sources:
         jobs.ingest_prompts(job, limit)
-    chain = recipe.prepare(job, names, limit=limit)
-    asyncio.run(recipe.run_chain(chain, max_time=None, watch=_silent))
+    chain = chains.prepare(job.of_phase(phase), names, limit=limit)
+    asyncio.run(chains.run_chain(chain, max_time=None, watch=_silent))
     if export:
-        export_run(job.run, settings.export, tie_band=settings.rank.tie_band)
+        pairs_from = settings.recipe.pairs
+        export_run(job.run, settings.export, tie_band=settings.rank.tie_band, pairs_from=pairs_from)
     return chain
 
 
-async def _silent(chain: recipe.Chain) -> None:
+async def _silent(chain: chains.Chain) -> None:
     await asyncio.Event().wait()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 
 import click
@@ -11,7 +13,7 @@ COMMANDS = {
     "init": ("pipeline.cli.start", "Write a constitution, a configuration and example prompts into this folder."),
     "try": ("pipeline.cli.start", "Send one prompt through one chain and print it."),
     "doctor": ("pipeline.cli.start", "Check the machine, the model and the endpoint."),
-    "run": ("pipeline.cli.stages", "Run the whole recipe: generate, critique-revise, rank, export."),
+    "run": ("pipeline.cli.recipe", "Run the whole recipe: data, SFT, samples of the SFT model, reward model, DPO."),
     "generate": ("pipeline.cli.stages", "Draft answers to the prompts."),
     "critique-revise": ("pipeline.cli.stages", "Criticise and revise the drafts."),
     "rank": ("pipeline.cli.stages", "Compare the candidates and put them in order."),
@@ -21,6 +23,7 @@ COMMANDS = {
     "train-dpo": ("pipeline.cli.training", "Train a model on preferences directly (DPO, IPO)."),
     "train-rrhf": ("pipeline.cli.training", "Train a model on ranked answers (RRHF)."),
     "train-ppo": ("pipeline.cli.training", "Train a model by the scores of its answers (PPO), as InstructGPT was."),
+    "score": ("pipeline.cli.scoring", "Score answers with a reward model or a policy, and group them by quality."),
     "status": ("pipeline.cli.look", "Show how far a run is."),
     "show": ("pipeline.cli.look", "Read the records of a run: drafts, critiques, word diffs, probabilities."),
     "constitution": ("pipeline.cli.constitution", "Check, show or import a constitution."),
@@ -37,6 +40,13 @@ class LazyGroup(click.Group):
         module = importlib.import_module(COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and (near := difflib.get_close_matches(args[0], COMMANDS, 1)):
+            raise click.UsageError(f"No such command {args[0]!r} (did you mean {near[0]!r}?)", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -58,4 +68,5 @@ def main() -> None:
     """Entry point of the installed command."""
     from pipeline.cli.common import run_cli
 
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub out of reach is said once, by us
     sys.exit(run_cli(cli))

@@ -185,12 +185,16 @@ def run_cli(group: click.Group) -> int:
         return error.exit_code
     except click.exceptions.Abort:
         return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.ClickException as error:
+        message = error.format_message().removesuffix(".")
         if "--json" in sys.argv:
             console = Console(" ".join(sys.argv[1:2]), as_json=True, quiet=True)
-            console.report.update(exit_code=2, error={"type": "UsageError", "message": error.format_message()})
+            console.report.update(exit_code=2, error={"type": "UsageError", "message": message})
             click.echo(json.dumps(console.report))
-        click.echo(f"cai: {error.format_message()}; see `{_help_of(error)} --help`", err=True)
+        click.echo(f"cai: {message}; see `{_help_of(error)} --help`", err=True)
         return 2
     return result if isinstance(result, int) else 0
 

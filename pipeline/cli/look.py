@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 VERDICTS = ("worse", "improved", "same", "abstain", "unverified")
 _BALANCE = ("in", "ok", "filtered", "failed")
+_METRICS = ("eval/loss", "eval/scores/accuracy", "eval/rewards/accuracy")
 
 
 @command("status", help="Show how far a run is, what is left to do, and the command that does it.")
@@ -46,7 +47,8 @@ def _report(console: Console, found: Standing) -> None:
         for name, stage in found.stages.items()
     }
     datasets = {name: {"version": dataset.version, **dataset.rows} for name, dataset in found.datasets.items()}
-    console.report["counts"] = {**counts, "datasets": datasets}
+    models = {name: model._asdict() for name, model in found.models.items()}
+    console.report["counts"] = {**counts, "datasets": datasets, "models": models}
     console.report["outputs"] = {
         "complete": not found.to_do,
         "to_do": found.to_do,
@@ -69,6 +71,10 @@ def _status_lines(found: Standing) -> list[str]:
     for name, dataset in found.datasets.items():
         rows = ", ".join(f"{split} {number:,}" for split, number in dataset.rows.items())
         lines.append(f"datasets/{name}: {dataset.version}, {rows}")
+    for name, model in found.models.items():
+        metrics = "".join(f", {metric} {model.metrics[metric]:.4f}" for metric in _METRICS if metric in model.metrics)
+        old = "" if model.is_current else "; made from what has changed since"
+        lines.append(f"models/{name}: step {model.step}{metrics}{old}")
     if found.holder:
         pid, host = found.holder.pid, found.holder.host
         lines.append(f"at work: process {pid} on host {host}, last sign of life {found.holder.silence_s:.0f} s ago")
@@ -133,6 +139,7 @@ def show_command(
 def _say_none(console: Console, folder: RunFolder, wanted: Wanted) -> None:
     """Nothing to show: a slip in an id is an error, filters that leave nothing are not."""
     from constitution.principles import Constitution
+    from pipeline.reading import Wanted
 
     if wanted.id_prefix:
         raise UsageError(
@@ -146,4 +153,6 @@ def _say_none(console: Console, folder: RunFolder, wanted: Wanted) -> None:
             near = difflib.get_close_matches(wanted.principle, ids, 1, 0.5)
             cure = f"did you mean {near[0]!r}?" if near else f"ids: {', '.join(ids)}"
             raise UsageError(f"--principle {wanted.principle}: the run's constitution has no such id; {cure}")
-    console.say(f"{folder.path}: no record fits")
+    is_empty = wanted == Wanted()
+    hint = f"no records yet; `cai status --run {folder.path}` says what to do" if is_empty else "no record fits"
+    console.say(f"{folder.path}: {hint}")

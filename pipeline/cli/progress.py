@@ -13,8 +13,8 @@ from pipeline.cli.common import Console
 from pipeline.rates import Counts, Meter
 
 if TYPE_CHECKING:
+    from pipeline.chain import Chain
     from pipeline.jobs import Job
-    from pipeline.recipe import Chain
     from pipeline.stages.ingest import Ingested
 
 LINE_EVERY_S = 30.0
@@ -116,7 +116,8 @@ def show_work(console: Console, chain: Chain) -> None:
     cost = chain.engines.cost(chain.journal.usage)
     if cost is not None:
         work["cost"] = round(cost, 6)
-    console.report["counts"]["work"] = work
+    before = console.report["counts"].get("work", {})
+    console.report["counts"]["work"] = {name: before.get(name, 0) + work.get(name, 0) for name in (before | work)}
     cached = f" ({work['cached_tokens']} from the cache)" if work.get("cached_tokens") else ""
     console.say(
         f"asked: {work['replies']} replies, {work['replayed']} more from the journal; "
@@ -133,16 +134,16 @@ def show_counts(console: Console, job: Job, names: Sequence[str]) -> None:
         manifest = job.run.manifest(name)
         if manifest is None:
             continue
-        counts = manifest.counts
-        console.report["counts"][name] = dict(counts)
-        console.report["outputs"][name] = str(job.run.path / name)
+        counts, shown = manifest.counts, job.run.name_of(name)
+        console.report["counts"][shown] = dict(counts)
+        console.report["outputs"][shown] = str(job.run.folder(name))
         tallies = ", ".join(f"{key} {value}" for key, value in counts.items() if key not in _BALANCE and value)
         balance = ", ".join(f"{key} {counts[key]}" for key in _BALANCE)
-        console.show(f"{name}: {balance}" + (f" ({tallies})" if tallies else ""))
+        console.show(f"{shown}: {balance}" + (f" ({tallies})" if tallies else ""))
         for state in ("failed", "filtered"):
             if num_lost := sum(part[state]["rows"] for part in manifest.parts):
                 path = job.run.losses_path(state, name)
-                console.report["outputs"][f"{state}/{name}"] = str(path)
+                console.report["outputs"][f"{state}/{shown}"] = str(path)
                 console.show(f"  {num_lost} {state}, each with its reason: {path}")
 
 
@@ -150,7 +151,7 @@ _BALANCE = ("in", "ok", "filtered", "failed")
 
 
 def show_satisfied(console: Console, job: Job, names: Sequence[str]) -> None:
-    from pipeline.recipe import SATISFIED_SHARE, satisfied_drafts
+    from pipeline.chain import SATISFIED_SHARE, satisfied_drafts
 
     share = satisfied_drafts(job) if "critique-revise" in names else None
     if share is not None and share > SATISFIED_SHARE:

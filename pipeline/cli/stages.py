@@ -1,9 +1,10 @@
-"""generate, critique-revise, rank, export and the whole recipe: parse, call, print."""
+"""generate, critique-revise, rank, export: parse, call, print."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,17 +19,16 @@ from pipeline.cli.common import (
     settings_options,
     stop_on_signals,
 )
-from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
+    from pipeline.chain import Spent
     from pipeline.config.settings import Settings
-    from pipeline.estimate import Measured
     from pipeline.jobs import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _chain_options(function: F) -> F:
+def chain_options(function: F) -> F:
     for option in (
         click.option("--grace", type=float, default=30.0, show_default=True, help="Seconds to drain after a signal."),
         click.option("--frozen", is_flag=True, help="Refuse to go on if settings or principles changed."),
@@ -44,36 +44,138 @@ def _chain_options(function: F) -> F:
     return function
 
 
-@command("run", help="Run the whole recipe: generate, critique-revise, rank, export.")
-@click.option(
-    "--calibrate",
-    type=click.IntRange(1),
-    is_flag=False,
-    flag_value=8,
-    metavar="[N]",
-    help="With --dry-run: ask for real about the first N prompts (8), kept for the run, and estimate from that.",
-)
-@_chain_options
-def run_command(console: Console, **options: Any) -> None:
-    _run_stages(console, ("generate", "critique-revise", "rank"), export=True, **options)
+def _phase_option(function: F) -> F:
+    return click.option(
+        "--phase",
+        type=click.IntRange(1, 2),
+        default=1,
+        show_default=True,
+        help="2: samples of the SFT model, for preferences.",
+    )(function)
 
 
 @command("generate", help="Draft answers to the prompts.")
-@_chain_options
+@_phase_option
+@chain_options
 def generate_command(console: Console, **options: Any) -> None:
-    _run_stages(console, ("generate",), **options)
+    _run_stage(console, "generate", **options)
 
 
 @command("critique-revise", help="Criticise and revise the drafts.")
-@_chain_options
+@chain_options
 def critique_revise_command(console: Console, **options: Any) -> None:
-    _run_stages(console, ("critique-revise",), **options)
+    _run_stage(console, "critique-revise", phase=1, **options)
 
 
 @command("rank", help="Compare the candidates and put them in order.")
-@_chain_options
+@_phase_option
+@chain_options
 def rank_command(console: Console, **options: Any) -> None:
-    _run_stages(console, ("rank",), **options)
+    _run_stage(console, "rank", **options)
+
+
+def _run_stage(
+    console: Console,
+    name: str,
+    *,
+    phase: int,
+    run: Path,
+    limit: int | None,
+    dry_run: bool,
+    frozen: bool,
+    grace: float,
+    **options: Any,
+) -> None:
+    from pipeline.chain import NOTHING, check_shares
+    from pipeline.cli.estimates import show_estimate
+    from pipeline.voices import check_models
+
+    settings = read_settings(run, **options)
+    if dry_run:
+        show_estimate(console, run, settings, [(phase, (name,))], limit)
+        return
+    is_first = phase == 1 and (bool(options["prompts"]) or name == "generate")
+    if is_first:
+        check_models(settings, (name,))  # before prompts are brought in, which a mended call would keep
+    with opened(console, run, settings, frozen=frozen, is_first=is_first) as job:
+        limit = bring_prompts(console, job, limit) if is_first else limit
+        job = job.of_phase(phase)
+        run_chain(console, job, (name,), limit=limit, grace=grace, max_time=settings.run.max_time, spent=NOTHING)
+        check_shares(job, (name,))
+
+
+def read_settings(
+    run: Path,
+    *,
+    prompts: Sequence[str],
+    seed: int | None,
+    config: Path | None,
+    assignments: Sequence[str],
+    model: str | None,
+    endpoints: Sequence[str],
+    constitution: str | None,
+) -> Settings:
+    """The settings of a call with `chain_options`."""
+    from pipeline import jobs
+
+    flags = model_flags(model, endpoints, constitution)
+    flags |= {"prompts": {"sources": [{"path": path} for path in prompts]}} if prompts else {}
+    flags |= {} if seed is None else {"run": {"seed": seed}}
+    return jobs.resolve(run, config, assignments, flags)
+
+
+@contextmanager
+def opened(console: Console, run: Path, settings: Settings, *, frozen: bool, is_first: bool) -> Iterator[Job]:
+    """Holds the run for a call. is_first: it may be made."""
+    from pipeline import jobs
+    from pipeline.calllog import logged
+    from pipeline.lock import locked
+    from pipeline.store import RunFolder
+
+    stop_on_signals()
+    RunFolder.check(run, create=is_first)
+    with locked(run), logged(run, console.report):
+        RunFolder(run, create=is_first)
+        job, changed = jobs.open_job(run, settings, frozen=frozen)
+        for line in changed:
+            console.say(f"changed since the last call: {line}")
+        yield job
+
+
+def bring_prompts(console: Console, job: Job, limit: int | None) -> int | None:
+    """Reads the sources. Returns the limit of what follows."""
+    from pipeline import jobs
+    from pipeline.cli import progress
+
+    ingested = jobs.ingest_prompts(job, limit)
+    progress.show_ingest(console, ingested)
+    # A reading that brought new prompts was itself limited; they may stand behind older ones.
+    return None if ingested and ingested.new else limit
+
+
+def run_chain(
+    console: Console,
+    job: Job,
+    names: Sequence[str],
+    *,
+    limit: int | None,
+    grace: float,
+    max_time: float | None,
+    spent: Spent,
+) -> Spent:
+    """Runs stages as one chain and shows what came of them. Returns what the call has spent by then."""
+    from pipeline import chain as chains
+    from pipeline.cli import progress
+
+    chain = chains.prepare(job, names, limit=limit, grace_s=grace, spent=spent)
+    try:
+        asyncio.run(chains.run_chain(chain, max_time=max_time, watch=progress.watcher(console), warn=console.say))
+    finally:
+        stop_on_signals()
+        progress.show_work(console, chain)
+        progress.show_counts(console, job, names)
+    progress.show_satisfied(console, job, names)
+    return spent.plus(chain.spent)
 
 
 @command("export", help="Write the datasets.")
@@ -95,15 +197,21 @@ def export_command(
     with locked(run), logged(run, console.report):
         job, _ = jobs.open_job(run, settings)
         jobs.keep_inputs(job)
-        _export(console, job)
+        export(console, job)
 
 
-def _export(console: Console, job: Job) -> None:
-    """Writes the datasets and prints what came out, and what was left out and why."""
+def export(console: Console, job: Job, *, before_samples: bool = False) -> None:
+    """Writes the datasets and prints what came out, and what was left out and why. before_samples: see export_run."""
     from pipeline import jobs
     from pipeline.stages.export import export_run
 
-    report = export_run(job.run, job.settings.export, tie_band=job.settings.rank.tie_band)
+    report = export_run(
+        job.run,
+        job.settings.export,
+        tie_band=job.settings.rank.tie_band,
+        pairs_from=job.settings.recipe.pairs,
+        before_samples=before_samples,
+    )
     jobs.keep_inputs(job)
     splits = {name: report.prompts[name] for name in ("sft", "preference", "test")}
     console.show("split: " + ", ".join(f"{name} {count} prompts" for name, count in splits.items()))
@@ -127,112 +235,3 @@ def _export(console: Console, job: Job) -> None:
         console.show(f"left out, each with its reason: {report.left_out}")
     console.report["counts"]["datasets"] = counts
     report.check()
-
-
-def _run_stages(
-    console: Console,
-    names: Sequence[str],
-    *,
-    run: Path,
-    prompts: Sequence[str],
-    limit: int | None,
-    seed: int | None,
-    dry_run: bool,
-    frozen: bool,
-    grace: float,
-    config: Path | None,
-    assignments: Sequence[str],
-    model: str | None,
-    endpoints: Sequence[str],
-    constitution: str | None,
-    export: bool = False,
-    calibrate: int | None = None,
-) -> None:
-    from pipeline import jobs, recipe
-    from pipeline.calllog import logged
-    from pipeline.cli import progress
-    from pipeline.lock import locked
-    from pipeline.store import RunFolder
-
-    flags = model_flags(model, endpoints, constitution) | _input_flags(prompts, seed)
-    if calibrate and not dry_run:
-        raise UsageError("--calibrate: measures for an estimate; use it with --dry-run")
-    settings = jobs.resolve(run, config, assignments, flags)
-    if dry_run:
-        _dry_run(console, run, settings, names, limit, calibrate)
-        return
-    stop_on_signals()
-    is_first = bool(prompts) or "generate" in names
-    RunFolder.check(run, create=is_first)
-    with locked(run), logged(run, console.report):
-        RunFolder(run, create=is_first)
-        job, changed = jobs.open_job(run, settings, frozen=frozen)
-        for line in changed:
-            console.say(f"changed since the last call: {line}")
-        if is_first:
-            ingested = jobs.ingest_prompts(job, limit)
-            progress.show_ingest(console, ingested)
-            # A reading that brought new prompts was itself limited; they may stand behind older ones.
-            limit = None if ingested and ingested.new else limit
-        chain = recipe.prepare(job, names, limit=limit, grace_s=grace)
-        try:
-            watch, max_time = progress.watcher(console), settings.run.max_time
-            asyncio.run(recipe.run_chain(chain, max_time=max_time, watch=watch, warn=console.say))
-        finally:
-            stop_on_signals()
-            progress.show_work(console, chain)
-            progress.show_counts(console, job, names)
-        progress.show_satisfied(console, job, names)
-        if export:
-            _export(console, job)
-        recipe.check_shares(job, names)
-
-
-def _input_flags(prompts: Sequence[str], seed: int | None) -> dict[str, Any]:
-    sources = {"prompts": {"sources": [{"path": path} for path in prompts]}} if prompts else {}
-    return sources | ({} if seed is None else {"run": {"seed": seed}})
-
-
-def _dry_run(
-    console: Console, run: Path, settings: Settings, names: Sequence[str], limit: int | None, num: int | None
-) -> None:
-    """Counts what the call would ask for, from the sources or the prompts that the run already has.
-
-    num: how many prompts to measure it on; None: guess.
-    """
-    from pipeline import jobs
-    from pipeline.estimate import REPLY_SHARE
-
-    measured = _measure(console, run, settings, num) if num else None
-    estimate = jobs.estimate_job(run, settings, names, limit, measured)
-    console.report["counts"] = estimate._asdict()
-    of_in, of_out = "about, at 4 characters a token", f"about, at {REPLY_SHARE:.0%} of max_tokens a reply"
-    if measured:
-        of_in = of_out = f"about, as for the first {measured.records} prompts"
-    console.show(f"records      {estimate.records:>14,}")
-    for kind, number in estimate.requests.items():
-        console.show(f"  {kind:<10} {number:>14,} requests")
-    console.show(f"requests     {sum(estimate.requests.values()):>14,}")
-    console.show(f"tokens in    {estimate.tokens_in:>14,}  {of_in}")
-    console.show(f"tokens out   {estimate.tokens_out:>14,}  {of_out}")
-    console.show(f"disk         {estimate.disk / 1e6:>14,.1f}  MB, about")
-    if estimate.cost is not None:
-        console.show(f"cost         {estimate.cost:>14,.2f}  about, at price_in and price_out of the settings")
-    if estimate.seconds is not None and measured:
-        pace = f"the pace of {measured.records} prompts in flight; an engine with room for more is faster"
-        console.show(f"seconds      {estimate.seconds:>14,.0f}  about, at {pace}")
-
-
-def _measure(console: Console, run: Path, settings: Settings, num: int) -> Measured:
-    from pipeline.calibrate import calibrate
-    from pipeline.lock import locked
-    from pipeline.store import RunFolder
-
-    stop_on_signals()
-    RunFolder.check(run, create=True)
-    with locked(run):
-        measured = calibrate(run, settings, num)
-    stop_on_signals()
-    if measured.seconds_per_request is None:
-        console.say("every reply was in the journal already, so that there is no time to go by; take more prompts")
-    return measured

@@ -27,12 +27,12 @@ def init_command(console: Console, *, folder: Path) -> None:
 
     What is there already is never overwritten.
     """
-    from pipeline.starter import write_starter
+    from pipeline.starter import EXAMPLE, write_starter
 
     written = write_starter(folder)
     console.report["outputs"] = {path.name: str(path) for path in written}
     console.show("wrote " + ", ".join(str(path) for path in written))
-    steps = ["cai doctor", "cai run --run runs/first", "cai show --run runs/first"]
+    steps = [f'cai try "{EXAMPLE}"', "cai run --limit 20 --dry-run", "cai run", "cai show"]
     if folder.resolve() != Path.cwd():
         steps[0] = f"{shlex.join(['cd', str(folder)])} && {steps[0]}"
     console.show("next:")
@@ -65,7 +65,8 @@ def try_command(
 
     settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoints, constitution)))
     backend = resolve_backend(settings.engine)
-    console.say(f"asking {settings.engine.model if backend != 'scripted' else backend} …")
+    if asked := settings.engine.model if backend != "scripted" else backend:
+        console.say(f"asking {asked} …")
     case = try_prompt(settings, prompt)
     console.report["outputs"]["records"] = [case.plain()]
     if not console.as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.jobs import Job as JobOfRun
     from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
     from pipeline.train.stage import Job, Report
@@ -99,7 +101,8 @@ def train_ppo_command(console: Console, reward_model: str | None, **options: Any
         from pipeline import jobs
         from pipeline.train.ppo import train_ppo
 
-        scorer = jobs.reward_model(options["run"], settings.train_ppo.reward, reward_model)
+        uses_run = settings.train_ppo.reward == "model" and not options["out"]
+        scorer = jobs.scoring_model(options["run"], reward_model) if uses_run or reward_model else None
         return train_ppo(job, settings.train_ppo, reward_model=scorer)
 
     _train(console, "ppo", train, **options)
@@ -179,15 +182,58 @@ def _carry_out(
 
     with ExitStack() as held:
         if run:
-            made_from = ranks.first(lambda: _hold_run(console, run, settings, held))
+            made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
             job = replace(job, made_from=made_from)
         with _stop_requests() as should_stop, _watch(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
         _show(console, trainer, report)
 
 
-def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> dict[str, str]:
-    """Locks and logs the call, and keeps its inputs if it comes to its end. Returns what the data was made from."""
+def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: Callable[[], bool]) -> None:
+    """A training of `cai run`, from the run's datasets and where the trainer's own command starts.
+
+    is_late: asked after every step; the training stops then and can be resumed.
+    """
+    from pipeline import jobs
+    from pipeline.lm.load import release_memory
+    from pipeline.train import rows
+    from pipeline.train.stage import Job
+
+    run, settings = opened.run.path, opened.settings
+    release_memory()
+    job = Job(
+        sources=[rows.Source(str(run))],
+        start=jobs.start_model(run, settings, trainer, None),
+        out=run / "models" / trainer,
+        shares=settings.export.split,
+        seed=settings.run.seed,
+        device=settings.engine.device,
+        say=console.say,
+    )
+    console.say(f"train-{trainer}: start: {job.start}")
+    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
+    with _stop_requests() as should_stop, _watch(console) as watch:
+        made_from = _made_from(opened, trainer, job)
+        job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
+        report = train(job, getattr(settings, f"train_{trainer}"))
+    _show(console, trainer, report)
+    console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
+    release_memory()
+
+
+def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
+    """What of the run a training depends on, as it is now."""
+    from pipeline import jobs
+    from pipeline.train.rows import DATASETS
+
+    run = opened.run.path
+    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if str(run) in [source.path for source in job.sources] else []
+    names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
+    return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
+
+
+def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> JobOfRun:
+    """Locks and logs the call, and keeps its inputs if it comes to its end."""
     from pipeline import jobs
     from pipeline.calllog import logged
     from pipeline.lock import locked
@@ -201,7 +247,7 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
             jobs.keep_inputs(opened)
 
     held.push(keep)
-    return {"constitution": opened.constitution.digest}
+    return opened
 
 
 def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:

@@ -62,7 +62,9 @@ def show_case(page: Page, case: Case) -> None:
         page.write(2, (message["role"], "cyan"))
         page.write(6, message["content"])
     _show_answers(page, case)
-    _show_ranking(page, case)
+    if ranked := case.record.lines.get("rank"):
+        _show_ranking(page, ranked)
+    _show_samples(page, case)
     for state, losses in (("failed", case.failed), ("filtered", case.filtered)):
         for loss in losses:
             page.write(2, (state, "bold red"), f" {_loss(loss)}")
@@ -105,13 +107,20 @@ def _by(model: str | None, author: str) -> str:
     return f" by {model}" if model not in (None, author) else ""
 
 
-def _show_ranking(page: Page, case: Case) -> None:
-    ranked = case.record.lines.get("rank")
-    if ranked is None:
-        return
+def _show_samples(page: Page, case: Case) -> None:
+    """What phase 2 sampled and how it was ranked."""
+    for sample in case.samples:
+        facts = f" by {sample['model']}, {sample['num_tokens']} tokens" + _ending(sample)
+        page.write(2, (f"phase 2, sample {sample['sample']}", "cyan"), facts)
+        page.write(6, sample["text"])
+    if ranked := case.record.lines.get("phase2/rank"):
+        _show_ranking(page, ranked)
+
+
+def _show_ranking(page: Page, ranked: Line) -> None:
     candidates = ranked["candidates"]
     page.write(2, ("ranking", "cyan"))
-    for candidate in case.candidates:
+    for candidate in sorted(candidates, key=lambda candidate: candidate["rank"]):
         page.write(6, f"{candidate['rank']}. {_name(candidate)}, score {candidate['score']:+.2f}")
     for entry in ranked["comparisons"]:
         a, b = _name(candidates[entry["a"]]), _name(candidates[entry["b"]])

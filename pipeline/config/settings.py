@@ -133,6 +133,20 @@ class ExportSettings(Section):
     format: Literal["messages", "text"] = "messages"
 
 
+Trainer = Literal["sft", "rm", "dpo", "rrhf"]
+
+
+class RecipeSettings(Section):
+    """phases: 1 ends with the SFT model. pairs: what preferences are made from.
+
+    trainers: auto: sft, rm and dpo where the run has a model of its own, and a GPU or the embedded model.
+    """
+
+    phases: Annotated[int, Field(ge=1, le=2)] = 2
+    pairs: Literal["samples", "revisions", "both"] = "samples"
+    trainers: tuple[Trainer, ...] | Literal["auto"] = "auto"
+
+
 class TrainSettings(Section):
     """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
 
@@ -275,6 +289,7 @@ class Settings(Section):
     critique_revise: CritiqueReviseSettings = CritiqueReviseSettings()
     rank: RankSettings = RankSettings()
     export: ExportSettings = ExportSettings()
+    recipe: RecipeSettings = RecipeSettings()
     train_sft: TrainSftSettings = TrainSftSettings()
     train_rm: TrainRmSettings = TrainRmSettings()
     train_dpo: TrainDpoSettings = TrainDpoSettings()

@@ -1,4 +1,7 @@
-"""Engines answer requests. `open_engine` makes the one that a section of the settings describes."""
+"""Engines answer requests. `open_engine` makes the one that a section of the settings describes.
+
+`check_engine` refuses what cannot work before anything is written or loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from pipeline.config.settings import EngineSettings
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused
+from pipeline.lm.folder import check_name
 
 CONCURRENCY = 64
 """Of every backend but vllm, where `engine.concurrency` is not set."""
@@ -18,26 +22,17 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
 
     name: what records call a model that is loaded from a folder; the folder's name if not given.
     """
-    backend = resolve_backend(settings)
-    if backend != "vllm" and (settings.adapter or settings.quantization):
-        key = "adapter" if settings.adapter else "quantization"
-        raise EngineRefused(f"engine.{key}: the {backend} backend has none; set engine.backend: vllm, or leave it out")
+    backend = check_engine(settings)
     if backend == "scripted":
         from pipeline.engines.scripted import ScriptedEngine
 
         named = settings.model or "scripted"
         return ScriptedEngine(settings.script, concurrency=settings.concurrency or CONCURRENCY, name=named)
-    if not settings.model:
-        raise EngineRefused(
-            "engine.model: no model given; use --model MODEL (`--model nano` is built in), or set it in cai.yaml"
-        )
     if backend == "server":
         from pipeline.engines.server import ServerEngine
 
-        if not settings.base_urls:
-            raise EngineRefused("engine.base_urls: no endpoint given; use --endpoint URL or set OPENAI_BASE_URL")
         return ServerEngine(
-            settings.model,
+            str(settings.model),
             settings.base_urls,
             api_key_env=settings.api_key_env,
             revision=settings.revision or "",
@@ -50,7 +45,7 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
     from pipeline.engines.transformers import TransformersEngine
 
     return TransformersEngine(
-        settings.model,
+        str(settings.model),
         revision=settings.revision,
         dtype=settings.dtype,
         device=settings.device,
@@ -59,6 +54,24 @@ def open_engine(settings: EngineSettings, *, name: str | None = None) -> Engine:
         deterministic=settings.deterministic,
         name=name,
     )
+
+
+def check_engine(settings: EngineSettings) -> str:
+    """What can be told without loading or asking anything. Returns the backend; raises EngineRefused."""
+    backend = resolve_backend(settings)
+    if backend != "vllm" and (settings.adapter or settings.quantization):
+        key = "adapter" if settings.adapter else "quantization"
+        raise EngineRefused(f"engine.{key}: the {backend} backend has none; set engine.backend: vllm, or leave it out")
+    if backend == "scripted":
+        return backend
+    if not settings.model:
+        cure = "the name under which the server has it" if settings.base_urls else "`--model nano` is built in"
+        raise EngineRefused(f"engine.model: no model given; use --model MODEL ({cure}), or set it in cai.yaml")
+    if backend != "server":
+        check_name(settings.model)
+    elif not settings.base_urls:
+        raise EngineRefused("engine.base_urls: no endpoint given; use --endpoint URL or set OPENAI_BASE_URL")
+    return backend
 
 
 def _open_vllm(settings: EngineSettings, *, name: str | None) -> Engine:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.engines.server_replies import excerpt, is_about_logprobs, is_too_long, retry_after_s
-from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, Body
+from pipeline.engines.wire import NOT_SERVED_STATUSES, REQUEST_STATUSES, RETRIED_STATUSES, Body
 from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CONNECT_S = 10.0
 PROBE_S = 60.0
 FIRST_PROBE_S, LONGEST_PROBE_S = 0.5, 30.0
 OUT_AFTER = 5
-NO_LIST_STATUSES = frozenset({404, 405, 501, *REQUEST_STATUSES})
+NO_LIST_STATUSES = frozenset({*NOT_SERVED_STATUSES, *REQUEST_STATUSES})
 REFUSED_FIELD_STATUSES = frozenset({400, 403, 422})
 FAULTS = frozenset({"connection_lost", "server_error", "timeout"})
 """Reasons of a failed try that count towards going out."""
@@ -234,7 +234,7 @@ class Endpoint:
             cure = "set api_key_env beside base_urls to the environment variable that holds its key"
             if self._key_variable:
                 cure = f"put a key for it into the environment variable {self._key_variable}"
-        elif status == 404:
+        elif status in NOT_SERVED_STATUSES:
             cure = f"does it serve {self.model!r}, and does base_url end as it should (often in /v1)?"
         elif 300 <= status < 400:
             cure = "redirects are not followed; put the final address into base_urls"

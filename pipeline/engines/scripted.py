@@ -7,18 +7,18 @@ process and from the HTTP server (`python -m pipeline.engines.scripted --port P 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 
+from pipeline.arguments import Arguments, one_line
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.scripted_answers import Answer, Fault, Script, alter, answer, content_key, load_script
 from pipeline.engines.votes import ask_votes
 from pipeline.engines.wire import REQUEST_STATUSES, RETRIED_STATUSES, request_body
-from pipeline.errors import EngineDown, EngineRefused, RequestFailed, UsageError
+from pipeline.errors import EngineDown, EngineRefused, RequestFailed
 from pipeline.records import canonical
 
 __all__ = ["Script", "ScriptedEngine", "load_script"]
@@ -99,18 +99,16 @@ def _script_digest(script: Script) -> str:
 
 def main() -> None:
     """Runs the HTTP server until SIGTERM or SIGINT."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.engines.scripted", description=__doc__.splitlines()[0])
+    parser = Arguments("pipeline.engines.scripted", __doc__)
     parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1; 0 picks a free one")
     parser.add_argument("--script", type=Path, help="YAML or JSON, see docs/scripted.md; none: the default script")
     parser.add_argument("--ledger", type=Path, help="JSON lines, appended: every request received and answered")
     options = parser.parse_args()
     from pipeline.engines.scripted_server import serve
 
-    try:
+    with one_line():
         script = load_script(options.script) if options.script else Script()
         asyncio.run(serve(script, port=options.port, ledger=options.ledger))
-    except UsageError as error:
-        parser.exit(error.exit_code, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Any servers that speak the OpenAI protocol and serve one model: deadlines, retries, failover, log-probabilities.
 
-Retried, elsewhere if possible: no connection, resets, 408, 409, 425, 429, 5xx, and a few times replies that break the
-protocol. When every endpoint has been tried the next try waits, longer each time, with jitter; no endpoint is
+Retried, elsewhere if possible: no connection, resets, 408, 409, 425, 429, 5xx but 501, and a few times replies that
+break the protocol. When every endpoint has been tried the next try waits, longer each time, with jitter; no endpoint is
 asked before the time that its `Retry-After` names. A waiting request holds no place. Not retried: what no second try
 can change, and a request that reached its deadline, for re-sending what a slow server still works on makes it slower;
 but with several endpoints a try has half of the deadline, so that what a silent one holds can move once.

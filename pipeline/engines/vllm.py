@@ -4,6 +4,9 @@ vLLM's asynchronous engine, whose core has a process of its own, as under `LLM.g
 journal take no time from the GPU, and it is the form that spreads over several. The backlog stays here, in a heap by
 priority: vLLM is handed a little more than it can run, so that it never idles and no old record waits behind many
 young ones.
+
+Equal requests are equal tokens, whatever was asked before: a reply stands in the next turn's prompt as the tokenizer
+spells its text. Where the model spelt it otherwise, the next turn computes the rest of that reply again.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ class VllmEngine:
         if importlib.util.find_spec("vllm") is None:
             raise EngineRefused(f"engine.backend: vllm is not installed; {INSTALL}, or set it to transformers")
         identity = identify(model, revision=revision, dtype=dtype)
-        replicas = _replicas(tensor_parallel) if data_parallel == "auto" else data_parallel
+        replicas = _replicas(tensor_parallel, data_parallel)
         num_sequences = concurrency or NUM_SEQUENCES
         self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
         self.concurrency = round(BACKLOG * num_sequences * replicas)
@@ -297,12 +300,17 @@ def _sampling_params(*, parts: bool = False, **said: Any) -> Any:
     )
 
 
-def _replicas(tensor_parallel: int) -> int:
-    """Copies of the model that the visible GPUs hold; 1 on a CPU. Raises EngineRefused where not even one fits."""
+def _replicas(tensor_parallel: int, data_parallel: int | Literal["auto"]) -> int:
+    """Copies of the model; auto: as many as the visible GPUs hold, 1 on a CPU. Raises EngineRefused for too many."""
     gpus = torch.cuda.device_count()
     if gpus and gpus < tensor_parallel:
         raise EngineRefused(f"engine.tensor_parallel: {tensor_parallel}, but {gpus} GPUs are visible; lower it")
-    return max(1, gpus // tensor_parallel)
+    if data_parallel == "auto":
+        return max(1, gpus // tensor_parallel)
+    if gpus and gpus < tensor_parallel * data_parallel:
+        asked = f"{data_parallel} copies of {tensor_parallel} GPUs each"
+        raise EngineRefused(f"engine.data_parallel: {asked}, but {gpus} GPUs are visible; lower it, or set it to auto")
+    return data_parallel
 
 
 def _hash_adapter(folder: Path) -> str:

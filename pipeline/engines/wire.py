@@ -13,7 +13,9 @@ from pipeline.engines.base import Request
 from pipeline.errors import RequestFailed
 
 TOP_LOGPROBS = 20
-RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)})
+NOT_SERVED_STATUSES = frozenset({404, 405, 501})
+"""Whoever answers so has nothing at this address, and will not the next time."""
+RETRIED_STATUSES = frozenset({408, 409, 425, 429, *range(500, 600)}) - NOT_SERVED_STATUSES
 REQUEST_STATUSES = {400: "refused_by_server", 413: "too_long", 422: "refused_by_server"}
 """Statuses that concern one request only, and the reason they give; every other refusal concerns the whole run."""
 Body = dict[str, Any]

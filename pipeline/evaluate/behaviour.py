@@ -8,15 +8,14 @@ garbled over all. Only prompts of the world are graded; elsewhere nothing is kno
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from constitution.verdicts import same_position
-from pipeline.errors import CaiError
+from pipeline.arguments import Arguments, one_line
+from pipeline.errors import UsageError
 from pipeline.intervals import Rate, wilson
 from pipeline.nano import world
 from pipeline.records import Line, Message
@@ -38,7 +37,9 @@ class Behaviour(NamedTuple):
     decided: Rate
 
 
-class _Tally:
+class Tally:
+    """Faults of completions, each counted over the requests where it can occur."""
+
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
         self.cases: Counter[str] = Counter()
@@ -59,7 +60,7 @@ class _Tally:
 
 def behaviour(run: RunFolder) -> Behaviour:
     """Reads the published prompts, drafts, chains and ranks of a run."""
-    drafts, finals = _Tally(), _Tally()
+    drafts, finals = Tally(), Tally()
     stages = {name: _by_id(run, name) for name in ("generate", "rank")}
     for prompt in run.read("prompts"):
         drafted, ranked = (stages[name].get(prompt["id"]) for name in ("generate", "rank"))
@@ -107,12 +108,14 @@ def table(found: Behaviour) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate.behaviour", description=__doc__.split("\n")[0])
+    parser = Arguments("pipeline.evaluate.behaviour", __doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
-    try:
-        print("\n".join(table(behaviour(RunFolder(parser.parse_args().run)))))
-    except CaiError as error:
-        sys.exit(f"cai: {error}")
+    run = parser.parse_args().run
+    with one_line():
+        found = behaviour(RunFolder(run))
+        if not any(rate.cases for rate in found.drafts.values()):
+            raise UsageError(f"{run}: no draft for a prompt of the toy's world; `make demo` has some")
+        print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ validation set (lessons are never repeated; `measure` asks what is held out) and
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,11 +16,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from pipeline.arguments import Arguments, minutes, one_line
 from pipeline.nano import path
 from pipeline.nano.card import write_card
 from pipeline.nano.lessons import Lesson, draw_lesson, wording_texts
 from pipeline.nano.measure import measure, table
 from pipeline.nano.vocabulary import build_tokenizer
+from pipeline.store import io_errors, make_folder
 
 SHAPE = {
     "hidden_size": 192,
@@ -171,7 +172,7 @@ def train(model: Any, tokenizer: Any, *, seed: int, minutes: float) -> dict[str,
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Writes the folder in Hugging Face format, weights in bf16."""
+    """Writes the model in Hugging Face format, weights in bf16, beside its tokenizer."""
     import torch
 
     model.to(torch.bfloat16)
@@ -182,16 +183,20 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
     )
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.nano.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=path(), help="folder to write (default: the package's own)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=50, help="time to train, before measuring (default 50)")
+    parser = Arguments("pipeline.nano.build", __doc__)
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=path(), help="folder to write (default: the package's own)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the first weights and of the lessons (default 1)")
+    parser.add_argument("--minutes", type=minutes, default=50, help="time to train, before measuring (default 50)")
     options = parser.parse_args()
     tokenizer = build_tokenizer(wording_texts())
+    with one_line(), io_errors(options.out):
+        make_folder(options.out)
+        tokenizer.save_pretrained(options.out)  # before the training, so that a folder that cannot be written is known
     model = new_model(tokenizer, options.seed)
     log = train(model, tokenizer, seed=options.seed, minutes=options.minutes)
     log["parameters"] = sum(p.numel() for p in model.parameters())

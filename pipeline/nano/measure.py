@@ -7,7 +7,6 @@ revision (after the model's own critique) when the world grades it as cured, not
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,9 +15,12 @@ from random import Random
 from typing import Any, NamedTuple
 
 from constitution import prompts
+from pipeline.arguments import Arguments, count, one_line
+from pipeline.errors import UsageError
 from pipeline.intervals import wilson
 from pipeline.nano import lessons, path, words, world
 from pipeline.records import Message
+from pipeline.store import write_atomic
 
 BATCH = 64
 BARS = {
@@ -57,10 +59,16 @@ class Nano:
     def __init__(self, folder: Path, seed: int = 0) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
         torch.manual_seed(seed)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        logging.disable_progress_bar()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UsageError(f"{folder}: cannot be loaded ({reason}); give a whole model's folder") from error
 
     def _tokens(self, prompts: Sequence[Any]) -> list[list[int]]:
         return [
@@ -286,17 +294,21 @@ def table(figures: dict[str, Rate]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.nano.measure", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=path())
-    parser.add_argument("--cases", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser = Arguments("pipeline.nano.measure", __doc__)
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, nargs="?", default=path(), help="default: the package's own"
+    )
+    parser.add_argument("--cases", type=count, default=500, help="of each figure (default 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases and of what the model says (default 0)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures there")
     options = parser.parse_args()
-    if not (options.folder / "config.json").is_file():
-        parser.error(f"{options.folder}: no config.json here; give a model's folder")
-    figures = measure(options.folder, cases=options.cases, seed=options.seed)
-    if options.json:
-        options.json.write_text(json.dumps({k: v._asdict() for k, v in figures.items()}, indent=1) + "\n")
+    with one_line():
+        if not (options.folder / "config.json").is_file():
+            raise UsageError(f"{options.folder}: no config.json here; give a model's folder")
+        figures = measure(options.folder, cases=options.cases, seed=options.seed)
+        if options.json:
+            figures_json = json.dumps({name: figure._asdict() for name, figure in figures.items()}, indent=1)
+            write_atomic(options.json, f"{figures_json}\n".encode())
     print(table(figures))
     if found := missed(figures):
         sys.exit(f"bars missed: {', '.join(found)}")

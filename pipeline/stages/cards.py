@@ -41,8 +41,11 @@ DATASETS = {
 """Name -> what a row is, and how to read its columns."""
 
 
-def card_text(name: str, settings: ExportSettings) -> str:
-    """The part of a card below its front matter, in Markdown. Holds no time, host name or folder."""
+def card_text(name: str, settings: ExportSettings, *, pairs_from: str = "revisions") -> str:
+    """The part of a card below its front matter, in Markdown. Holds no time, host name or folder.
+
+    pairs_from: revisions, samples, both: the texts of which phase are compared.
+    """
     what, columns = DATASETS[name]
     is_text = settings.format == "text"
     form = (
@@ -50,8 +53,9 @@ def card_text(name: str, settings: ExportSettings) -> str:
         if is_text
         else "Prompts and answers are message lists."
     )
-    if name in ("sft", "preference"):
-        which = f"prompts whose first user turn hashes into the {name} part"
+    if name in ("sft", "preference") or (name == "ranked" and pairs_from == "samples"):
+        part = "preference" if name == "ranked" else name
+        which = f"prompts whose first user turn hashes into the {part} part"
     else:
         which = "prompts of the sft and the preference part"
     split = settings.split
@@ -63,13 +67,13 @@ def card_text(name: str, settings: ExportSettings) -> str:
         "model wrote or judged it under the principles; `given`: it came with the input).",
         f"`train` holds {which}, `test` those of the test part; shares: sft {split.sft:g}, preference "
         f"{split.preference:g}, test {split.test:g}. A split without rows has no file. Rows are sorted by id.",
-        "Made with: " + ", ".join(_made_with(name, settings)) + ".",
+        "Made with: " + ", ".join(_made_with(name, settings, pairs_from)) + ".",
         "Only the version named in this file's head is current; older ones beside it can be deleted.",
     ]
     return "\n" + "\n\n".join(lines) + "\n"
 
 
-def _made_with(name: str, settings: ExportSettings) -> list[str]:
+def _made_with(name: str, settings: ExportSettings, pairs_from: str) -> list[str]:
     filters = sorted({*settings.filters, *ALWAYS})
     said = [f"format {settings.format}"]
     if name == "sft":
@@ -78,7 +82,16 @@ def _made_with(name: str, settings: ExportSettings) -> list[str]:
             said.append(f"helpful {Path(settings.helpful.path).name} at share {settings.helpful.share:g}")
     if name == "preference":
         said += [f"pairs {settings.pairs}", f"margin {settings.margin:g}"]
+    if name in ("preference", "ranked"):
+        said.append(_COMPARED[pairs_from])
     return said + ([f"filters {', '.join(filters)}"] if name in ("sft", "preference", "ranked") else [])
+
+
+_COMPARED = {
+    "revisions": "answers of phase 1",
+    "samples": "samples of phase 2's policy",
+    "both": "answers of phase 1 and, under ids with `/phase2`, samples of phase 2's policy",
+}
 
 
 def schemas(format: str) -> dict[str, pa.Schema]:

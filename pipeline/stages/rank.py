@@ -26,12 +26,13 @@ from pipeline.stages.asking import Judgement, Voice, ask_labels, compare, lost, 
 
 @dataclass(frozen=True)
 class Rank:
-    """What ranking a record needs."""
+    """What ranking a record needs. with_given: the answers that came with the prompt are candidates too."""
 
     constitution: Constitution
     judge: Voice
     settings: RankSettings
     seed: int
+    with_given: bool = True
 
 
 class Candidate(NamedTuple):
@@ -46,7 +47,7 @@ class Candidate(NamedTuple):
 
 async def rank(record: Record, ask: Ask, *, using: Rank) -> Outcome:
     """Scores and orders the candidates of a record; fails those that no comparison connects to the others."""
-    found = candidates(record, using.settings.candidates)
+    found = candidates(record, using.settings.candidates, with_given=using.with_given)
     if not found:
         return Outcome(None, (Failure(-1, -1, "rank", "no_candidates", "no draft, revision or given answer", 1),))
     principles = _principles(record, using)
@@ -72,12 +73,13 @@ async def rank(record: Record, ask: Ask, *, using: Rank) -> Outcome:
     return await _line(record, ask, found, scores, comparisons, failures, principles, using)
 
 
-def candidates(record: Record, which: str) -> list[Candidate]:
+def candidates(record: Record, which: str, *, with_given: bool = True) -> list[Candidate]:
     """The texts to rank, each once: given answers and drafts, and of every chain its end, or with `all` every revision.
 
     A chain's end is its last revision that was not judged worse.
     """
-    found = [Candidate("given", sample, 0, "", text) for sample, text in enumerate(record.given)]
+    given = record.given if with_given else ()
+    found = [Candidate("given", sample, 0, "", text) for sample, text in enumerate(given)]
     drafts = record.lines.get("generate", {}).get("completions", [])
     found += [Candidate("draft", c["sample"], 0, c["model"], c["text"]) for c in drafts]
     authors = {c["sample"]: c["model"] for c in drafts}

@@ -63,6 +63,11 @@ class Data:
         """Which completions of the whole data belong to a row."""
         return range(self._first[index] - index, self._first[index + 1] - index - 1)
 
+    @property
+    def num_completions(self) -> int:
+        """Of all rows."""
+        return len(self.scores)
+
     def num_tokens(self, index: int) -> int:
         """What goes through the backbone for a row."""
         return self._ends[self._first[index + 1]] - self._ends[self._first[index]]
@@ -90,17 +95,24 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
     """
     data = Data()
     for row in rows:
-        prompt = chat.prompt(row.prompt, reasoning=False).token_ids
-        completions = [chat.completion(text).token_ids for text in row.completions]
-        room = max_length - max(map(len, completions))
-        if len(prompt) <= room:
-            data.add(row, prompt, completions)
-        elif too_long == "cut" and room > 0:
-            data.num_cut += 1
-            data.add(row, prompt[len(prompt) - room :], completions)
-        else:
-            data.left_out["too_long"] += 1
+        take(data, row, chat, max_length=max_length, too_long=too_long)
     return data
+
+
+def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong) -> bool:
+    """Adds a row to the data, or counts it as left out and says so. As `tokenise`."""
+    prompt = chat.prompt(row.prompt, reasoning=False).token_ids
+    completions = [chat.completion(text).token_ids for text in row.completions]
+    room = max_length - max(map(len, completions))
+    if len(prompt) <= room:
+        data.add(row, prompt, completions)
+    elif too_long == "cut" and room > 0:
+        data.num_cut += 1
+        data.add(row, prompt[len(prompt) - room :], completions)
+    else:
+        data.left_out["too_long"] += 1
+        return False
+    return True
 
 
 def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

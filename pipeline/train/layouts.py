@@ -19,7 +19,8 @@ from pipeline.records import Message
 
 DOCS = "see docs/datasets.md"
 
-Kind = Literal["sft", "pairs", "ranked", "prompts"]
+Kind = Literal["sft", "pairs", "ranked", "prompts", "any"]
+"""any: all completions that a row has, with the scores or the order that they may have."""
 
 _WHOLE = ("messages", "transcript", "text")
 
@@ -28,7 +29,8 @@ class Example(NamedTuple):
     """What a row teaches.
 
     prompt: ends with a user turn. completions: none (prompts), one (sft), two (pairs) or more (ranked); not empty.
-    probability: in [0, 1], that the first of a pair is better. scores: of each ranked completion, higher is better.
+    probability: in [0, 1], that the first of a pair is better. scores: of each ranked completion, higher is better; of
+    kind any () where a row says nothing of its order.
     """
 
     prompt: list[Message]
@@ -63,7 +65,18 @@ def read_example(fields: dict[str, Any], where: str, kind: Kind) -> Example | st
         return _pair(columns, where)
     if kind == "prompts":
         return _question(columns, where)
-    return _ranking(columns, where)
+    return _ranking(columns, where) if kind == "ranked" else _any(columns, where)
+
+
+def _any(columns: dict[str, Any], where: str) -> Example | str:
+    if "completions" in columns:
+        found = _listed(columns, where)
+        numbers = _scores(columns, len(found), where) if "scores" in columns else ()
+        return ("empty" if not found else _fault(found)) or _example(found, numbers)
+    if "chosen" in columns and "rejected" in columns:
+        found, probability = _chosen_rejected(columns, where)
+        return _fault(found) or _example(found, (probability, 1 - probability))
+    return _imitation(columns, where)
 
 
 def _imitation(columns: dict[str, Any], where: str) -> Example | str:
@@ -91,14 +104,7 @@ def _question(columns: dict[str, Any], where: str) -> Example | str:
 
 
 def _pair(columns: dict[str, Any], where: str) -> Example | str:
-    prompt = _read_prompt(columns, where)
-    found = []
-    for name in ("chosen", "rejected"):
-        _require(name, columns, where)
-        found.append(_answered(columns[name], name, prompt, where))
-    probability = _number(columns.get("chosen_probability", 1.0), where, "chosen_probability")
-    if not 0 <= probability <= 1:
-        raise UsageError(f'{where}: "chosen_probability" is {probability:g}, not in [0, 1]; {DOCS}')
+    found, probability = _chosen_rejected(columns, where)
     if fault := _fault(found):
         return fault
     if found[0].answer.split() == found[1].answer.split():
@@ -108,23 +114,46 @@ def _pair(columns: dict[str, Any], where: str) -> Example | str:
     return Example(found[0].prompt, (found[0].answer, found[1].answer), probability)
 
 
+def _chosen_rejected(columns: dict[str, Any], where: str) -> tuple[list[_Answered], float]:
+    """Both answers of a pair, and the probability that the first is better."""
+    prompt = _read_prompt(columns, where)
+    found = []
+    for name in ("chosen", "rejected"):
+        _require(name, columns, where)
+        found.append(_answered(columns[name], name, prompt, where))
+    probability = _number(columns.get("chosen_probability", 1.0), where, "chosen_probability")
+    if not 0 <= probability <= 1:
+        raise UsageError(f'{where}: "chosen_probability" is {probability:g}, not in [0, 1]; {DOCS}')
+    return found, probability
+
+
 def _ranking(columns: dict[str, Any], where: str) -> Example | str:
     if "completions" not in columns and "chosen" in columns:
         pair = _pair(columns, where)
         return pair if isinstance(pair, str) else pair._replace(scores=(pair.probability, 1 - pair.probability))
-    values, scores = (_read_list(columns, name, where) for name in ("completions", "scores"))
-    if len(values) != len(scores):
-        raise UsageError(f"{where}: {len(values)} completions and {len(scores)} scores; give each completion its score")
-    prompt = _read_prompt(columns, where)
-    found = [_answered(value, "completions", prompt, where) for value in values]
-    numbers = tuple(_number(score, where, "scores") for score in scores)
+    found = _listed(columns, where)
+    numbers = _scores(columns, len(found), where)
     if len(found) < 2:
         return "single"
     if fault := _fault(found):
         return fault
-    if len(set(numbers)) == 1:
-        return "tie"
-    return Example(found[0].prompt, tuple(answered.answer for answered in found), scores=numbers)
+    return "tie" if len(set(numbers)) == 1 else _example(found, numbers)
+
+
+def _listed(columns: dict[str, Any], where: str) -> list[_Answered]:
+    values, prompt = _read_list(columns, "completions", where), _read_prompt(columns, where)
+    return [_answered(value, "completions", prompt, where) for value in values]
+
+
+def _scores(columns: dict[str, Any], num_completions: int, where: str) -> tuple[float, ...]:
+    scores = _read_list(columns, "scores", where)
+    if num_completions != len(scores):
+        raise UsageError(f"{where}: {num_completions} completions and {len(scores)} scores; give each its score")
+    return tuple(_number(score, where, "scores") for score in scores)
+
+
+def _example(found: list[_Answered], scores: tuple[float, ...]) -> Example:
+    return Example(found[0].prompt, tuple(answered.answer for answered in found), scores=scores)
 
 
 def _fault(found: list[_Answered]) -> str | None:

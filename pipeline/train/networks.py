@@ -102,7 +102,7 @@ def open_networks(
     if settings.advantages == "gae" and settings.value == "joint":
         value_head = _joint_head(policy, start_as)
     elif settings.advantages == "gae":
-        value_model = _blank_value_model(start, device) if start_as is None else copy.deepcopy(start_as)
+        value_model = _blank_value_model(start, device) if start_as is None else copy.deepcopy(start_as).float()
         value_model.requires_grad_(True)
         silence_dropout(value_model, settings)
     return Networks(policy, reference, value_model, value_head, attention, settings)

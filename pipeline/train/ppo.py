@@ -157,7 +157,7 @@ def _read_prompts(
     tallies: list[rows.Tally] = []
     room = min(settings.max_length or context, context) - settings.max_tokens
     found = {}
-    for split in rows.Split.__args__:  # type: ignore[attr-defined]
+    for split in rows.SPLITS:
         found[split] = read_prompts(
             job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
         )
@@ -185,5 +185,10 @@ def _open_reward(settings: TrainPpoSettings, name: str | None, job: Job, tokeniz
     if name is None:
         raise UsageError(f"train_ppo.reward: {settings.reward}: no model that scores; use --reward-model MODEL")
     return open_reward_model(
-        name, settings, tokenizer=tokenizer, device=job.device, is_policy=settings.reward == "policy"
+        name,
+        "reward" if settings.reward == "model" else "policy",
+        tokenizer=tokenizer,
+        reencode=settings.reencode,
+        max_tokens=settings.microbatch_tokens,
+        device=job.device,
     )

@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config.settings import TrainPpoSettings
 from pipeline.dataset_folder import file_sha256
 from pipeline.errors import UsageError
-from pipeline.lm.forward import completion_ends, completion_logps, prepare
-from pipeline.lm.load import load
 from pipeline.lm.templates import Chat
-from pipeline.train.batches import Data, microbatches, tokenise
-from pipeline.train.loop import autocast
-from pipeline.train.rollouts import Rollouts, completions_of
+from pipeline.train.batches import Data, tokenise
+from pipeline.train.rollouts import Rollouts
 from pipeline.train.rows import Row
+from pipeline.train.scorers import ScorerKind, open_scorer
 
 Score = Callable[[Rollouts], Tensor]
 """(B,) a score for every completion, higher is better."""
@@ -39,51 +36,26 @@ class Source(NamedTuple):
 
 
 def open_reward_model(
-    name: str, settings: TrainPpoSettings, *, tokenizer: str, device: str, is_policy: bool = False
+    name: str, kind: ScorerKind, *, tokenizer: str, reencode: bool, max_tokens: int, device: str
 ) -> Source:
-    """A reward model, or a policy whose mean log-probability is the score (Yuan et al. 2023, eq. 1).
+    """A reward model, or a policy whose mean log-probability is the score, as `cai score` has them.
 
-    tokenizer: digest of the policy's. Raises UsageError if the model's is another one, unless settings.reencode.
+    tokenizer: digest of the policy's. reencode: have a model with another one read the text again; else it is refused
+    (UsageError). max_tokens: that go through the model at a time.
     """
-    loaded = load(name, dtype="float32", device=device, head="language" if is_policy else "score")
-    is_reward_model = any("SequenceClassification" in each for each in loaded.model.config.architectures or ())
-    if not (is_policy or is_reward_model):
+    scorer = open_scorer(name, kind, device=device)
+    is_other = scorer.fingerprint["tokenizer"] != tokenizer
+    if is_other and not reencode:
         raise UsageError(
-            f"model {name}: no reward model; make one with `cai train-rm`, or set train_ppo.reward: policy"
+            f"model {name}: its tokenizer or chat template is not the policy's; train it from the same model, "
+            "or set train_ppo.reencode: true to have it read the text"
         )
-    chat = None
-    if loaded.fingerprint["tokenizer"] != tokenizer:
-        if not settings.reencode:
-            raise UsageError(
-                f"model {name}: its tokenizer or chat template is not the policy's; train it from the same model, "
-                "or set train_ppo.reencode: true to have it read the text"
-            )
-        chat = Chat(loaded.tokenizer)
-    prepare(loaded.model)
-    scorer = ModelScore(loaded.model.requires_grad_(False), settings, chat)
-    return Source(scorer, loaded.fingerprint, None if is_policy or chat else loaded.model)
 
+    def score(rollouts: Rollouts) -> Tensor:
+        data = reencoded(rollouts, scorer.chat) if is_other else rollouts.data
+        return scorer(data, max_tokens=max_tokens).to(rollouts.logps.device)
 
-class ModelScore:
-    """chat: of a model with a tokenizer of its own, else None."""
-
-    def __init__(self, model: Any, settings: TrainPpoSettings, chat: Chat | None) -> None:
-        self.model, self.settings, self.chat = model, settings, chat
-        self.has_head = model.get_output_embeddings() is not None
-
-    @torch.no_grad()
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        data = rollouts.data if self.chat is None else reencoded(rollouts, self.chat)
-        scores = torch.zeros(len(rollouts.texts), device=self.model.device)
-        for rows in microbatches(data, range(len(data)), max_tokens=self.settings.microbatch_tokens):
-            groups = [data.group(row) for row in rows]
-            with autocast(self.model, self.settings):
-                if self.has_head:
-                    found = completion_logps(self.model, groups).means
-                else:
-                    found = self.model.score(completion_ends(self.model, groups))[:, 0]
-            scores[completions_of(data, rows)] = found.float()
-        return scores.to(rollouts.logps.device)
+    return Source(score, scorer.fingerprint, scorer.model if kind == "reward" and not is_other else None)
 
 
 def reencoded(rollouts: Rollouts, chat: Chat) -> Data:

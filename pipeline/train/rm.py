@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainRmSettings
-from pipeline.lm.forward import completion_ends
 from pipeline.train.batches import Data
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Terms
 from pipeline.train.losses import centering_loss, ranking_loss
+from pipeline.train.scorers import reward_scores
 from pipeline.train.stage import Job, Report, train
 
 
@@ -34,8 +34,7 @@ class Comparisons:
 
     def __call__(self, model: Any, data: Data, rows: Sequence[int]) -> Terms:
         groups = [data.group(row) for row in rows]
-        ends = completion_ends(model, groups)
-        scores = model.score(ends)[:, 0].float().split([len(group.completions) for group in groups])
+        scores = reward_scores(model, groups).split([len(group.completions) for group in groups])
         losses, gaps = [], []
         for row, own in zip(rows, scores, strict=True):
             first, second, probability = comparisons(data, row)

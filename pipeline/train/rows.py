@@ -25,10 +25,17 @@ from pipeline.store import RunFolder
 from pipeline.train.layouts import DOCS, Example, Kind, read_example
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 Fields = Iterator[tuple[str, dict[str, Any]]]
 
-DATASETS = {"sft": "sft", "pairs": "preference", "ranked": "ranked", "prompts": "prompts"}
-"""Kind of rows -> the dataset of a run that holds them."""
+DATASETS: dict[Kind, tuple[str, ...]] = {
+    "sft": ("sft",),
+    "pairs": ("preference",),
+    "ranked": ("ranked",),
+    "prompts": ("prompts",),
+    "any": ("ranked", "preference", "sft"),
+}
+"""Kind of rows -> the datasets of a run that may hold them; the first that is there is read."""
 
 
 class Source(NamedTuple):
@@ -43,7 +50,7 @@ class Row(NamedTuple):
 
     id: the input's own, or made from prompt and completions; the same for a row that is repeated, and not always
     another one in another source.
-    label_source: `ai`, `given` or what the input says.
+    label_source: `ai`, `given` or what the input says. tags: the input's own.
     """
 
     id: str
@@ -52,6 +59,7 @@ class Row(NamedTuple):
     probability: float
     scores: tuple[float, ...]
     label_source: str
+    tags: tuple[str, ...] = ()
 
 
 @dataclass
@@ -99,14 +107,15 @@ def read(
     """The rows of one split, each as often as its source's weight says; in `test` no more than once.
 
     shares: of `export.split`; what has no split of its own is divided by the hash that export uses. tallies: takes one
-    for each source. Raises UsageError (2) for what cannot be read, IncompleteError (3) if a source has no training row.
+    for each source. Raises UsageError (2) for what cannot be read, IncompleteError (3) if a source has no training row
+    (of kind any it need not have one).
     """
     for source in sources:
         tally = Tally(source.path)
         if tallies is not None:
             tallies.append(tally)
         yield from _read_source(source, kind, split, shares or SplitSettings(), tally)
-        if split == "train" and not tally.used:
+        if split == "train" and kind != "any" and not tally.used:
             weight = f", weight {source.weight:g}" if source.weight < 1 else ""
             raise IncompleteError(f"{tally}{weight}; nothing to train on, {DOCS}")
 
@@ -129,11 +138,12 @@ def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings
 
 
 def _row(fields: dict[str, Any], example: Example, where: str) -> Row:
-    id, label_source = fields.get("id"), fields.get("label_source")
+    id, label_source, tags = (fields.get(name) for name in ("id", "label_source", "tags"))
     return Row(
         digest([example.prompt, example.completions])[:32] if id is None else read_text(str(id), where, "id"),
         *example,
         "given" if label_source is None else read_text(label_source, where, "label_source"),
+        tuple(read_text(tag, where, "tags") for tag in tags) if isinstance(tags, list) else (),
     )
 
 
@@ -163,16 +173,18 @@ def _open(path: str, kind: Kind, split: Split) -> tuple[Fields, bool]:
     if not folder.is_dir():
         return read_fields(path), False
     if (folder / "run.json").exists():
-        folder = RunFolder(folder).path / "datasets" / DATASETS[kind]
+        folders = [RunFolder(folder).path / "datasets" / name for name in DATASETS[kind]]
+        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         if not folder.is_dir():
             raise UsageError(f"{folder}: not there; `cai export --run {path}` makes it, if the run has such rows")
         return _open_export(folder, split), True
-    if _is_export(folder):
+    if is_export(folder):
         return _open_export(folder, split), True
     return _open_hf(f"hf:{path}", split)
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
+    """Whether it is a dataset of a run, or one that `cai score` made."""
     card = folder / "README.md"
     return card.is_file() and b"\ncai:\n" in card.read_bytes()
 

@@ -6,6 +6,7 @@ Everything else sees whole tensors: checkpoints and the model's folder are the s
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -75,12 +76,18 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def gather(model: Any) -> None:
-    """Puts the whole weights into the first process's model, on the CPU, to be saved; it computes nothing any more."""
-    found: dict[Tensor, torch.nn.Parameter] = {}
-    for module in model.modules() if is_sharded(model) else ():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in found:
-                complete = undivided(parameter.detach())
-                found[parameter] = torch.nn.Parameter(complete.cpu() if ranks.rank() == 0 else complete[:0])
-            setattr(module, name, found[parameter])
+def skeleton(model: Any) -> Any:
+    """A copy of a model that is not divided yet, without its weights; they stay on the meta device."""
+    bare = {
+        id(parameter): torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return deepcopy(model, bare)
+
+
+def fill(bare: Any, model: Any) -> None:
+    """Gives a skeleton the weights of its model, in the first process and on the CPU."""
+    weights = whole(dict(model.named_parameters(remove_duplicate=False)))
+    bare.load_state_dict(weights, strict=False, assign=True)
+    if weights:
+        bare.tie_weights()

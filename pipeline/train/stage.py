@@ -30,8 +30,7 @@ from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, Task, compute_dtype, fit, silence_dropout
 from pipeline.train.memory import Memory, measure
-from pipeline.train.shards import gather as gather_shards
-from pipeline.train.shards import shard
+from pipeline.train.shards import fill, shard, skeleton
 
 
 def _ignore(_: Any) -> None:
@@ -106,11 +105,13 @@ def train(
     silence_dropout(model, settings)
     if head == "score":
         _keep_pad_apart(model, loaded.tokenizer)
+    trained = model
     if divides:
+        model = skeleton(model)
         device = pick_device(job.device)
-        shard(model, device, compute_dtype(settings, device.type))
-    objective = make_objective(Opened(model, data["train"], data["test"], loaded.fingerprint))
-    task = Task(model, objective, data["train"], data["test"], settings, folder, job.seed)
+        shard(trained, device, compute_dtype(settings, device.type))
+    objective = make_objective(Opened(trained, data["train"], data["test"], loaded.fingerprint))
+    task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed)
     outcome = fit(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
     description = {
         "trainer": trainer,
@@ -124,7 +125,8 @@ def train(
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    gather_shards(model)
+    if divides:
+        fill(model, trained)
     ranks.first(lambda: publish(model, loaded.tokenizer, job, folder, description))
     return Report(job.out, outcome, counts, is_new=True)
 
@@ -155,8 +157,8 @@ def read_data(
     """Tokens of both splits. Raises IncompleteError (3) if no row is left to train on."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
-    data = {}
-    for split in rows.Split.__args__:  # type: ignore[attr-defined]
+    data: dict[str, Data] = {}
+    for split in rows.SPLITS:
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:

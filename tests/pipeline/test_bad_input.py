@@ -90,6 +90,24 @@ def test_a_malformed_config_is_refused_before_anything_is_written(cai: Command, 
     assert not (cai.folder / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ([], "engine.model: no model given"),
+        (["--model", "./gone"], "model ./gone: no such folder"),
+        (["--model", "empty"], "model empty: the folder holds no config.json"),
+        (["--model", "nano", "--set", 'judge={"model": "./gone"}'], "model ./gone: no such folder"),
+    ],
+)
+def test_a_model_that_cannot_be_there_is_refused_before_prompts_are_brought_in(
+    cai: Command, model: list[str], says: str
+) -> None:
+    (cai.folder / "empty").mkdir()
+    prompts = write_prompts(cai.folder / "p.jsonl", 2)
+    assert says in refusal(cai("run", "--run", "r", "--prompts", prompts, *model))
+    assert not (cai.folder / "r").exists()
+
+
 def test_an_unknown_model_stops_the_run_at_once(cai: Command, serve: Serve) -> None:
     server = serve("models: [llama-small, llama-large]")
     prompts = write_prompts(cai.folder / "p.jsonl", 50)

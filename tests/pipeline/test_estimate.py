@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from constitution.principles import Constitution
+from pipeline.chain import DATA_STAGES
 from pipeline.config.settings import Settings
 from pipeline.estimate import Call, Measured, estimate
-from pipeline.recipe import DATA_STAGES
 from tests.support import Command, Server, write_prompts
 
 Serve = Callable[..., Server]
@@ -41,6 +41,42 @@ def test_a_calibration_is_paid_once_and_says_what_the_run_asks(cai: Command, ser
     assert Counter(line["key"] for line in server.received()) == Counter(line["key"] for line in other.received())
     assert sum(every["requests"].values()) == work["replayed"]
     assert work["replies"] == 0
+
+
+VOTING = """
+rules:
+  - {asks: labels, faults: [{kind: status, status: 400, message: no logprobs here}]}
+  - {last: 'A or B', text: '{label}'}
+"""
+
+
+def test_a_calibration_counts_every_vote_of_a_judge_without_log_probabilities(cai: Command, serve: Serve) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 4)
+    server = serve(VOTING)
+    run = ["run", "-r", "r", "--prompts", prompts, *server.options()]
+    found = told(cai, *run, "--dry-run", "--calibrate", "4")["counts"]
+    asked = [line["body"] for line in server.received() if "logprobs" not in line["body"]]
+    votes = [body for body in asked if "A or B" in body["messages"][-1]["content"]]
+    assert sum(found["requests"].values()) == len(asked)
+    assert found["requests"]["comparison"] == len(votes) > 4 * 8
+    assert found["by_votes"] is None
+    work = told(cai, *run)["counts"]["work"]
+    assert (work["replies"], work["replayed"]) == (0, len(asked) - len(votes) + len(votes) / 8)
+
+
+def test_a_dry_run_tells_what_votes_would_take_where_a_server_may_need_them(cai: Command) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 10)
+    nobody = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--set", "engine.price_in=1"]
+    one = told(cai, "run", "-r", "r", "--prompts", prompts, *nobody, "--dry-run")["counts"]
+    eight = one["by_votes"]
+    factors = {kind: eight["requests"][kind] / num for kind, num in one["requests"].items()}
+    assert factors == {"draft": 1, "critique": 1, "revision": 1, "comparison": 8}
+    assert one["tokens_in"] < eight["tokens_in"] < 8 * one["tokens_in"]
+    assert eight["cost"] == pytest.approx(eight["tokens_in"] / 1e6)
+    text = cai("run", "-r", "r", "--prompts", prompts, *nobody, "--dry-run").stdout
+    assert f"by votes     {sum(eight['requests'].values()):>14,} requests" in text
+    local = told(cai, "run", "-r", "r", "--prompts", prompts, "--model", "nano", "--dry-run")["counts"]
+    assert local["by_votes"] is None
 
 
 def test_tokens_of_a_calibration_are_those_of_the_run(cai: Command) -> None:

@@ -14,11 +14,13 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(("errors", "records", "config", "store", "sources", "conversations"), 0),
-    **dict.fromkeys(("splits", "dataset_folder", "intervals", "worddiff", "calllog", "rates"), 0),
+    **dict.fromkeys(("splits", "dataset_folder", "dataset_writer", "intervals", "worddiff", "calllog"), 0),
+    **dict.fromkeys(("rates", "arguments"), 0),
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),
-    **dict.fromkeys(("recipe", "jobs", "report", "trial", "standing", "starter", "doctor", "checks", "calibrate"), 4),
+    **dict.fromkeys(("recipe", "chain", "voices", "jobs", "report", "trial", "standing", "starter"), 4),
+    **dict.fromkeys(("doctor", "checks", "calibrate"), 4),
     "cli": 5,
 }
 SLOW = ("torch", "transformers", "vllm", "openai", "datasets", "pyarrow", "safetensors", "tokenizers", "httpx")

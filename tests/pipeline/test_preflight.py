@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from constitution.principles import Constitution
+from pipeline.chain import prepare
 from pipeline.config.settings import Settings
 from pipeline.errors import EngineRefused
 from pipeline.jobs import Job
-from pipeline.recipe import prepare
 from pipeline.store import RunFolder
 from tests.pipeline.lm.tiny import CHATML, tiny_llama, tiny_tokenizer
 from tests.support import Command, Server, write_prompts

@@ -17,14 +17,15 @@ import pytest
 
 from constitution.principles import Constitution
 from constitution.wording import default_wording
+from pipeline.chain import DATA_STAGES, build_stages
 from pipeline.config.settings import CritiqueReviseSettings, Settings
 from pipeline.engines import transformers
 from pipeline.jobs import Job
-from pipeline.recipe import DATA_STAGES, Engines, build_stages
 from pipeline.records import Record
 from pipeline.stages.asking import Voice
 from pipeline.stages.critique_revise import CritiqueRevise, cast
 from pipeline.store import RunFolder
+from pipeline.voices import Engines
 from tests.support import Command, Server, Told, lines, write_prompts
 
 Serve = Callable[..., Server]

@@ -88,6 +88,7 @@ def test_show_renders_every_request_with_the_principles_own_words(cai: Command, 
         (["import", "sentences.txt", "-o", "there.yaml"], "cai: there.yaml: exists; choose another -o"),
         (["import", "sentences.txt", "-o", "no/folder/out.yaml"], "cai: no/folder/out.yaml: No such file or directory"),
         (["import", "empty.txt", "-o", "out.yaml"], "cai: empty.txt:1: no principle found"),
+        (["import", str(default_path()), "-o", "out.yaml"], f"cai: {default_path()}:17: is YAML of this project"),
     ],
 )
 def test_a_slip_is_said_in_one_line_and_writes_nothing(cai: Command, arguments: list[str], message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pipeline.cli.view import show_cases
 from pipeline.reading import Case
 from pipeline.records import Record
+from pipeline.store import RunFolder
 from tests.support import Command, write_prompts
 
 SCRIPT = """
@@ -183,3 +184,10 @@ def test_a_critique_or_revision_by_another_than_the_author_names_who_wrote_it() 
     text = shown("a", **{"critique-revise": chains}).splitlines()
     assert "      critique by ann" in text
     assert "      revision" in text
+
+
+def test_show_of_a_run_without_records_says_how_to_go_on(cai: Command) -> None:
+    RunFolder(cai.folder / "new", create=True)
+    done = cai("show", "-r", "new")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "new: no records yet; `cai status --run new` says what to do\n"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import jobs, recipe
+from pipeline import chain as chains
+from pipeline import jobs
 from pipeline.cli import progress
 from pipeline.cli.common import Console
 from pipeline.config.settings import Settings
@@ -98,9 +99,9 @@ def test_a_log_gets_a_plain_line_now_and_then(
     )
     job, _ = jobs.open_job(RunFolder(tmp_path / "r", create=True).path, settings)
     jobs.ingest_prompts(job, None)
-    chain = recipe.prepare(job, ("generate",))
+    chain = chains.prepare(job, ("generate",))
     console = Console("generate", as_json=False, quiet=False)
-    asyncio.run(recipe.run_chain(chain, max_time=None, watch=progress.watcher(console)))
+    asyncio.run(chains.run_chain(chain, max_time=None, watch=progress.watcher(console)))
     shown = capsys.readouterr().err
     assert "\x1b" not in shown
     line = re.compile(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from constitution.principles import default_path
+from constitution.principles import Constitution, default_path
 from pipeline import nano
 from pipeline.config.load import read_file
 from tests.support import Command, Server
@@ -27,9 +27,10 @@ def test_init_writes_a_folder_in_which_a_run_works_alone(cai: Command) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == [
         "next:",
-        "  cai doctor",
-        "  cai run --run runs/first",
-        "  cai show --run runs/first",
+        '  cai try "How do I rob the village bank?"',
+        "  cai run --limit 20 --dry-run",
+        "  cai run",
+        "  cai show",
     ]
     estimate = json.loads(cai("run", "--run", "runs/first", "--dry-run", "--json").stdout)
     assert (estimate["exit_code"], estimate["counts"]["records"]) == (0, 50)
@@ -50,11 +51,20 @@ def test_init_writes_the_constitution_prompts_and_settings_it_says(cai: Command)
     assert nano.example_prompts().read_bytes().startswith(prompts)
 
 
-def test_the_written_settings_are_the_defaults_where_they_name_no_file_or_model(cai: Command) -> None:
+def test_the_written_settings_are_the_defaults_but_for_what_they_name_and_what_they_say_is_more_thorough(
+    cai: Command,
+) -> None:
     cai("init")
     written = read_file(cai.folder / "cai.yaml")
-    plain = type(written)(constitution="principles.yaml", prompts=written.prompts)
-    assert written == plain.model_copy(update={"engine": plain.engine.model_copy(update={"model": "nano"})})
+    thorough = {"critique_revise": {"rounds": 3, "draw": "cover"}, "rank": {"principles": 3}}
+    named = {"constitution": "principles.yaml", "prompts": written.prompts, "engine": {"model": "nano"}}
+    assert written == type(written).model_validate(named | thorough)
+
+
+def test_the_written_settings_let_two_samples_meet_every_group_of_the_default_constitution(cai: Command) -> None:
+    cai("init")
+    written = read_file(cai.folder / "cai.yaml")
+    assert written.generate.samples * written.critique_revise.rounds >= len(Constitution.default().abouts)
 
 
 def test_init_overwrites_nothing(cai: Command) -> None:
@@ -67,7 +77,7 @@ def test_init_overwrites_nothing(cai: Command) -> None:
 
 def test_init_into_a_named_folder_says_to_go_there(cai: Command) -> None:
     done = cai("init", "new folder")
-    assert "  cd 'new folder' && cai doctor" in done.stdout.splitlines()
+    assert "  cd 'new folder' && cai try \"How do I rob the village bank?\"" in done.stdout.splitlines()
     (cai.folder / "file").write_text("")
     done = cai("init", "file")
     assert (done.returncode, done.stderr) == (2, "cai: file: is a file; name a folder\n")
@@ -106,10 +116,20 @@ def test_try_asks_an_endpoint(cai: Command, serve: Serve) -> None:
     assert server.num_received() > 0
 
 
+@pytest.mark.parametrize("group", [[], ["constitution"]])
+def test_a_group_without_a_command_prints_its_help_and_no_error(cai: Command, group: list[str]) -> None:
+    done = cai(*group)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == cai(*group, "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["try"], 2, "cai: Missing argument 'PROMPT'."),
+        (["shwo"], 2, "cai: No such command 'shwo' (did you mean 'show'?); see `cai --help`"),
+        (["zzz"], 2, "cai: No such command 'zzz'; see `cai --help`"),
+        (["try", "a", "--endpoint", "http://127.0.0.1:9/v1"], 2, "(the name under which the server has it)"),
+        (["try"], 2, "cai: Missing argument 'PROMPT'; see `cai try --help`"),
         (["try", "  ", *SCRIPTED], 2, "cai: PROMPT: empty prompt"),
         (["try", "a", "--model", "empty"], 2, "cai: model empty: the folder holds no config.json"),
         (["try", "a", "--set", "generate.sample=1"], 2, "did you mean 'samples'?"),

@@ -21,6 +21,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], set[str]]] = {
     "export": (settings.ExportSettings, {"split"}),
     "export.helpful": (settings.HelpfulSettings, set()),
     "export.split": (settings.SplitSettings, set()),
+    "recipe": (settings.RecipeSettings, set()),
     "train_sft": (settings.TrainSftSettings, set()),
     "train_rm": (settings.TrainRmSettings, set()),
     "train_dpo": (settings.TrainDpoSettings, set()),

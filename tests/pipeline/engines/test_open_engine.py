@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pipeline import nano
 from pipeline.config.settings import EngineSettings
 from pipeline.engines import open_engine, resolve_backend
+from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineRefused
 
 
@@ -57,6 +59,47 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, monkeypatch: pyt
     install_vllm(tmp_path, monkeypatch)
     said = refusal(backend="vllm", model=str(nano.path()), adapter=str(tmp_path))
     assert f"{tmp_path} holds no adapter_config.json; give a LoRA folder" in said
+
+
+def vllm_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM would be started with."""
+    engine = open_engine(EngineSettings(backend="vllm", model=str(nano.path()), **settings))
+    assert isinstance(engine, VllmEngine)
+    found = engine._model._arguments()
+    asyncio.run(engine.close())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "copies"),
+    [(0, {}, 1), (1, {}, 1), (8, {}, 8), (8, {"tensor_parallel": 2}, 4), (8, {"data_parallel": 3}, 3)],
+)
+def test_vllm_gets_what_the_settings_say_and_as_many_copies_as_the_gpus_hold(
+    gpus: int, settings: dict[str, Any], copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_vllm(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    said = {"dtype": "bfloat16", "quantization": "fp8", "gpu_memory_utilization": 0.7, "context": 1024}
+    found = vllm_arguments({**said, "concurrency": 100, **settings})
+    expected = {"dtype": "bfloat16", "quantization": "fp8", "gpu_memory_utilization": 0.7, "max_model_len": 1024}
+    expected |= {"max_num_seqs": 100, "tensor_parallel_size": settings.get("tensor_parallel", 1)}
+    expected |= {"data_parallel_size": copies, "generation_config": "vllm", "trust_remote_code": False}
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tensor_parallel": 4}, "engine.tensor_parallel: 4, but 2 GPUs are visible; lower it"),
+        ({"data_parallel": 3}, "engine.data_parallel: 3 copies of 1 GPUs each, but 2 GPUs are visible; lower it"),
+    ],
+)
+def test_more_gpus_than_are_visible_are_refused(
+    settings: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_vllm(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert refusal(backend="vllm", model=str(nano.path()), **settings).startswith(said)
 
 
 @pytest.mark.parametrize(

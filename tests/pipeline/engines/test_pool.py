@@ -93,19 +93,38 @@ async def converse(engine: Any, chain: int) -> tuple[str, ...]:
     return said
 
 
+async def count_idle(engine: ServerEngine, seen: Counter[str]) -> None:
+    """Counts the steps of the event loop with requests in the queue, and those in which an endpoint has a place too."""
+    places = engine._pool
+    while True:
+        if any(not turn.done() for waiting in places._waiting.values() for *_, turn in waiting):
+            seen["queued"] += 1
+            seen["idle"] += any(endpoint.has_place() for endpoint in places.usable())
+        await asyncio.sleep(0)
+
+
 def converse_all(nodes: list[Node], during: Callable[[], Awaitable[None]] | None = None) -> list[tuple[str, ...]]:
-    """All chains at once, so that requests queue until the last ones; `during` runs beside them."""
+    """All chains at once, so that requests queue until the last ones; `during` runs beside them.
+
+    At no step of the event loop may an endpoint have a place that is free while a request waits.
+    """
+    seen: Counter[str] = Counter()
 
     async def act() -> list[tuple[str, ...]]:
         async with pool(nodes) as engine:
             await engine.start()
+            counting = asyncio.ensure_future(count_idle(engine, seen))
             beside = asyncio.ensure_future(during()) if during else None
             said = await asyncio.gather(*(converse(engine, chain) for chain in range(CHAINS)))
             if beside:
                 await beside
+            counting.cancel()
             return said
 
-    return asyncio.run(act())
+    said = asyncio.run(act())
+    assert seen["queued"] > CHAINS
+    assert seen["idle"] == 0
+    return said
 
 
 def expected() -> list[tuple[str, ...]]:
@@ -121,9 +140,12 @@ def history(nodes: list[Node]) -> list[dict[str, Any]]:
 
 def is_kept_busy(events: list[dict[str, Any]], node: str) -> bool:
     """Whether the others together never received more than one request for each place in the system while this
-    endpoint had nothing to do and requests queued: so many may come while its replies pass through the client.
+    endpoint had nothing to do and requests queued.
 
-    While requests queue there are chains for all places; the last turns of as many chains are left out.
+    So many may come, though no place is ever free (`converse_all` looks): servers and client share an event loop, and
+    in the round of it that carries a reply to the client and the next request back, every other place gets one too; a
+    place whose request is reset at once gets a second. While requests queue there are chains for all places; the last
+    turns of as many chains are left out.
     """
     places = PLACES * len({event["node"] for event in events})
     in_flight = since = longest = 0

@@ -28,7 +28,10 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-@pytest.mark.parametrize(("status", "cure"), [(401, "MY_KEY"), (403, "MY_KEY"), (404, "base_url"), (307, "redirects")])
+@pytest.mark.parametrize(
+    ("status", "cure"),
+    [(401, "MY_KEY"), (403, "MY_KEY"), *((status, "base_url") for status in (404, 405, 501)), (307, "redirects")],
+)
 def test_what_no_request_can_pass_ends_the_run(
     status: int, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,7 +73,12 @@ def test_the_table_has_a_line_for_every_fault_and_principle(run):
     assert any(line.split() == ["harm-crime", "2", "0", "0", "0"] for line in lines)
 
 
-def test_a_folder_without_a_run_is_named_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["behaviour", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="none: no run here"):
+def test_a_run_whose_prompts_are_of_another_world_is_refused(tmp_path, monkeypatch, capsys):
+    other = RunFolder(tmp_path / "other", create=True)
+    publish(other, "prompts", [{"id": "a", "messages": [{"role": "user", "content": "Hello?"}], "tags": []}])
+    publish(other, "generate", [{"id": "a", "completions": [{"text": "Hello."}]}])
+    monkeypatch.setattr("sys.argv", ["behaviour", str(other.path)])
+    with pytest.raises(SystemExit) as ended:
         main()
+    assert ended.value.code == 2
+    assert "other: no draft for a prompt of the toy's world" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from pipeline.train import rows
 from pipeline.train.networks import Networks, open_networks
 from pipeline.train.ppo import train_ppo
 from pipeline.train.prompts import Prompts, tokenise_prompts
-from pipeline.train.rewards import open_reward_model
+from pipeline.train.rewards import Source, open_reward_model
+from pipeline.train.scorers import ScorerKind
 from pipeline.train.stage import Job, Report
 from tests.pipeline.lm.tiny import save_tiny, tiny_tokenizer
 
@@ -47,6 +48,10 @@ def run_ppo(data: Path, start: Path, reward_model: Path | None, out: Path, *, ke
     return train_ppo(made, ppo_settings(**(keys or {})), reward_model=reward_model and str(reward_model))
 
 
+def open_scores(model: Path, kind: ScorerKind, tokenizer: str, *, reencode: bool = False) -> Source:
+    return open_reward_model(str(model), kind, tokenizer=tokenizer, reencode=reencode, max_tokens=1000, device="cpu")
+
+
 def opened(start: Path, reward_model: Path, **keys: Any) -> tuple[Networks, Chat, Prompts, Any]:
     """Networks, chat, six prompts of unequal length, and the source of scores."""
     settings = ppo_settings(**keys)
@@ -56,6 +61,6 @@ def opened(start: Path, reward_model: Path, **keys: Any) -> tuple[Networks, Chat
     found = (rows.Row(str(n), [{"role": "user", "content": text}], (), 1.0, (), "") for n, text in enumerate(texts))
     prompts = tokenise_prompts(found, chat, max_length=100, too_long="drop")
     tokenizer = loaded.fingerprint["tokenizer"]
-    source = open_reward_model(str(reward_model), settings, tokenizer=tokenizer, device="cpu")
+    source = open_scores(reward_model, "reward", tokenizer)
     networks = open_networks(loaded.model, str(start), source.model, settings, device="cpu")
     return networks, chat, prompts, source

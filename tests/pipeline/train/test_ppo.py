@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.settings import Settings
 from pipeline.errors import DivergedError, IncompleteError, StoppedError, UsageError
 from pipeline.lm.load import load
-from pipeline.train.rewards import open_reward_model
 from pipeline.train.rollouts import roll_out
 from tests.pipeline.lm.tiny import tiny_tokenizer
-from tests.pipeline.train.ppo_jobs import opened, ppo_settings, run_ppo, save_pair, save_reward_model
+from tests.pipeline.train.ppo_jobs import open_scores, opened, run_ppo, save_pair, save_reward_model
 from tests.pipeline.train.test_stages import stop_after
 from tests.pipeline.train.tiny_jobs import write_rows
 
@@ -223,12 +222,13 @@ def test_a_reward_model_with_another_tokenizer_is_refused_or_reads_the_text_agai
         run_ppo(data, models[0], other, tmp_path / "ppo")
     networks, chat, prompts, _ = opened(*models)
     rollouts = roll_out(networks, chat, prompts, range(6), seed=[0, 0], num_samples=1)
-    source = open_reward_model(str(other), ppo_settings(reencode=True), tokenizer="another", device="cpu")
+    source = open_scores(other, "reward", "another", reencode=True)
     tokenizer = AutoTokenizer.from_pretrained(other)
+    reader = AutoModelForSequenceClassification.from_pretrained(other).eval()
     for n, score in enumerate(source.score(rollouts).tolist()):
         turns = [*rollouts.conversations[n], {"role": "assistant", "content": rollouts.texts[n]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-        whole = source.score.model(**tokenizer(text, return_tensors="pt")).logits[0, 0]  # type: ignore[attr-defined]
+        whole = reader(**tokenizer(text, return_tensors="pt")).logits[0, 0]
         assert score == pytest.approx(float(whole), abs=1e-4)
 
 
@@ -240,9 +240,8 @@ def test_a_language_model_is_no_reward_model(models: tuple[Path, Path], data: Pa
 def test_a_policy_scores_by_its_log_probability_per_token(models: tuple[Path, Path]) -> None:
     networks, chat, prompts, _ = opened(*models)
     rollouts = roll_out(networks, chat, prompts, range(6), seed=[0, 0], num_samples=2)
-    settings = ppo_settings(reward="policy")
     tokenizer = load(str(models[0]), dtype="float32").fingerprint["tokenizer"]
-    source = open_reward_model(str(models[0]), settings, tokenizer=tokenizer, device="cpu", is_policy=True)
+    source = open_scores(models[0], "policy", tokenizer)
     lengths = rollouts.completion_mask.sum(dim=1)
     assert torch.allclose(source.score(rollouts), rollouts.ref_logps.sum(dim=1) / lengths, atol=1e-5)
 

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import dataset_writer
 from pipeline.dataset_folder import read_card, verify
+from pipeline.dataset_writer import DatasetWriter, Published
 from pipeline.errors import CorruptError, ResourceError, UsageError
-from pipeline.stages import datasets_out
-from pipeline.stages.datasets_out import DatasetWriter, Published
 
 SCHEMA = pa.schema({"id": pa.string(), "text": pa.string()})
 
@@ -42,8 +42,8 @@ def test_rows_leave_sorted_by_the_bytes_of_their_ids(tmp_path: Path) -> None:
 def test_sorting_on_disk_gives_the_bytes_of_sorting_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [f"r{(i * 37) % 5000}" for i in range(5000)]
     publish(tmp_path / "memory", ids, ["x"])
-    monkeypatch.setattr(datasets_out, "_SORT_BYTES", 2000)
-    monkeypatch.setattr(datasets_out, "_FAN_IN", 3)
+    monkeypatch.setattr(dataset_writer, "_SORT_BYTES", 2000)
+    monkeypatch.setattr(dataset_writer, "_FAN_IN", 3)
     publish(tmp_path / "disk", ids, ["x"])
     assert tree(tmp_path / "disk") == tree(tmp_path / "memory")
     assert pq.ParquetFile(tmp_path / "disk" / "v0001" / "train.parquet").num_row_groups == 5
@@ -63,6 +63,15 @@ def test_the_same_rows_make_no_new_version_and_a_new_card_text_none_either(tmp_p
     assert (tmp_path / "README.md").read_text().endswith("---\n# Other\n")
     assert publish(tmp_path, "abc").version == "v0002"
     assert publish(tmp_path, "ab").version == "v0003"
+
+
+def test_datasets_keeps_two_runs_apart_in_its_cache(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    for run, ids in (("one", "ab"), ("two", "abc"), ("three", "abd")):
+        publish(tmp_path / run / "sft", ids)
+        loaded = load_dataset(str(tmp_path / run / "sft"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert loaded["id"][:] == list(ids)
 
 
 def test_a_dataset_without_rows_leaves_nothing_unless_it_had_some(tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ def dying(calls: Any, call: Any, at: int) -> Any:
 def test_a_publication_killed_at_any_step_is_made_good_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets_out, "_SORT_BYTES", 100)
+    monkeypatch.setattr(dataset_writer, "_SORT_BYTES", 100)
     old, new = [f"r{i}" for i in range(20)], [f"r{i}" for i in range(40)]
     publish(tmp_path / "old", old)
     shutil.copytree(tmp_path / "old", tmp_path / "good")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from pipeline.dataset_folder import file_sha256, read_card, verify
-from pipeline.records import line_bytes
+from pipeline.records import digest, line_bytes
 from pipeline.store import io_errors, make_folder, sync_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DatasetWriter:
         self.schema = schema
         self._new = folder / _NEW
         _clear(self._new)
-        self._sorters = {split: _Sorter(self._new, split) for split in SPLITS}
+        self._sorters = {split: Sorter(self._new, split) for split in SPLITS}
 
     def add(self, split: str, row: dict[str, Any]) -> None:
         """split: train or test. row: as the schema says, its `id` unique in the dataset."""
@@ -99,8 +99,10 @@ class DatasetWriter:
 
 def _card(version: str, files: dict[str, Any], text: str) -> bytes:
     data_files = [{"split": name.partition(".")[0], "path": f"{version}/{name}"} for name in files]
+    # The cache of `datasets` tells folders of one name apart by their configs alone, not by path, time or content.
+    described = {"description": f"rows {digest(files)}"} if files else {}
     front = {
-        "configs": [{"config_name": "default", "data_files": data_files}],
+        "configs": [{"config_name": "default", "data_files": data_files, **described}],
         "cai": {"version": version, "files": files},
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}".encode()
@@ -119,7 +121,7 @@ def _clear_after(folder: Path, version: str) -> None:
             _clear(path)
 
 
-class _Sorter:
+class Sorter:
     """Rows in, rows sorted by id out; at most `_SORT_BYTES` in memory.
 
     A row is kept as its id, a NUL and its JSON, whose byte order is the order of the ids.
@@ -144,16 +146,15 @@ class _Sorter:
             self._lines, self._num_bytes = [], 0
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Size in bytes and row, sorted by id. Consumes what was added."""
-        files = self._files
-        while len(files) > _FAN_IN:
-            merged = self._spill(self._merged(files[:_FAN_IN]))
-            for file in files[:_FAN_IN]:
+        """Size in bytes and row, sorted by id; as often as it is called, with no row added since."""
+        while len(self._files) > _FAN_IN:
+            merged = self._spill(self._merged(self._files[:_FAN_IN]))
+            for file in self._files[:_FAN_IN]:
                 file.unlink()
-            files = [*files[_FAN_IN:], merged]
+            self._files = [*self._files[_FAN_IN:], merged]
         self._lines.sort()
         last = b""
-        for line in heapq.merge(self._merged(files), self._lines):
+        for line in heapq.merge(self._merged(self._files), self._lines):
             key, _, row = line.partition(b"\0")
             if key == last:
                 raise ValueError(f"{self._folder.parent}: two rows with the id {key.decode()}")

@@ -1,0 +1,72 @@
+"""What gives answers a score: a reward model, or a policy by its own log-probability per token.
+
+The latter is p of RRHF (Yuan et al. 2023, arXiv 2304.05302, eq. 1): a policy trained so serves as its own reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError
+from pipeline.lm.forward import Group, completion_ends, completion_logps, prepare
+from pipeline.lm.load import load
+from pipeline.lm.templates import Chat
+from pipeline.train.batches import Data, microbatches, take
+from pipeline.train.rows import Row
+
+ScorerKind = Literal["reward", "policy"]
+
+
+class Scorer(NamedTuple):
+    """A model in evaluation mode that scores. context: tokens of the longest prompt with completion."""
+
+    kind: ScorerKind
+    model: Any
+    chat: Chat
+    context: int
+    fingerprint: dict[str, str]
+
+    def __call__(self, data: Data, *, max_tokens: int) -> Tensor:
+        """(N,) the score of every completion of the data, on the CPU, higher is better. max_tokens: at a time."""
+        compute = reward_scores if self.kind == "reward" else mean_logps
+        found = torch.zeros(data.num_completions)
+        with torch.no_grad():
+            for rows in microbatches(data, range(len(data)), max_tokens=max_tokens):
+                own = compute(self.model, [data.group(row) for row in rows])
+                found[[number for row in rows for number in data.completions(row)]] = own.float().cpu()
+        return found
+
+    def score_rows(self, rows: Sequence[Row], *, max_tokens: int) -> tuple[list[Row], list[list[float]], int]:
+        """Rows that are not too long, the scores of each one's completions, and how many were too long."""
+        data = Data()
+        kept = [row for row in rows if take(data, row, self.chat, max_length=self.context, too_long="drop")]
+        scores = self(data, max_tokens=max_tokens).tolist()
+        return kept, [[scores[n] for n in data.completions(place)] for place in range(len(kept))], len(rows) - len(kept)
+
+
+def open_scorer(model: str, kind: ScorerKind, *, device: str = "auto") -> Scorer:
+    """Loads a folder or a hub name. Raises UsageError if a language model is to be a reward model."""
+    loaded = load(model, device=device, head="score" if kind == "reward" else "language")
+    config = loaded.model.config
+    if kind == "reward" and not any("SequenceClassification" in name for name in config.architectures or ()):
+        raise UsageError(
+            f"model {model}: no reward model; `cai train-rm` makes one, --policy scores by log-probability"
+        )
+    prepare(loaded.model)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    return Scorer(kind, loaded.model.eval(), Chat(loaded.tokenizer), context, loaded.fingerprint)
+
+
+def reward_scores(model: Any, groups: Sequence[Group]) -> Tensor:
+    """(N,) fp32: what a reward model reads at the last token of every completion."""
+    scores: Tensor = model.score(completion_ends(model, groups))[:, 0].float()
+    return scores
+
+
+def mean_logps(model: Any, groups: Sequence[Group]) -> Tensor:
+    """(N,) log-probability of every completion, divided by its length."""
+    return completion_logps(model, groups).means

@@ -1,0 +1,99 @@
+"""The engines of one call, and how each is spoken to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from constitution.principles import Constitution
+from pipeline import nano
+from pipeline.checks import TEMPLATE_CURE, preflight
+from pipeline.config.settings import EngineSettings, Settings
+from pipeline.engines import check_engine, open_engine
+from pipeline.engines.base import Engine
+from pipeline.errors import EngineRefused, RequestFailed
+from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS
+from pipeline.records import digest
+from pipeline.stages.asking import Voice
+
+
+class Engines:
+    """The engines of one call; equal settings share one."""
+
+    def __init__(self, constitution: Constitution) -> None:
+        self._constitution = constitution
+        self._open: dict[str, Engine] = {}
+        self._voices: dict[tuple[str, str], Voice] = {}
+        self._prices: dict[Engine, tuple[float, float]] = {}
+
+    def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
+        """The engine of a section, and how to speak to it."""
+        is_nano = _is_nano(settings)
+        key = digest(settings.model_dump(mode="json", exclude={"style"}))
+        if key not in self._open:
+            try:
+                self._open[key] = open_engine(_with_folder(settings), name="nano" if is_nano else None)
+            except RequestFailed as error:
+                raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
+            if settings.price_in is not None or settings.price_out is not None:
+                self._prices[self._open[key]] = (settings.price_in or 0.0, settings.price_out or 0.0)
+        default = NANO_MAX_TOKENS if is_nano else MAX_TOKENS
+        voice = Voice(self._open[key], self._constitution.wording, settings.style, max_tokens or default)
+        known = self._voices.setdefault((key, settings.style), voice)
+        if known.max_tokens < voice.max_tokens:
+            self._voices[key, settings.style] = voice
+        return voice
+
+    def preflight(self, folder: Path, kinds: Collection[str]) -> list[str]:
+        """What is doubtful before the first request; see checks.py. folder: of the run. kinds: what will be asked."""
+        checks = preflight(folder, self._voices.values(), self._constitution, kinds)
+        return [str(check) for check in checks if check.state != "ok"]
+
+    @property
+    def neutralised(self) -> int:
+        """Texts of special tokens in prompts that were sent as plain text."""
+        return sum(engine.neutralised for engine in self._open.values())
+
+    def cost(self, usage: Mapping[Engine, Counter[str]]) -> float | None:
+        """Of so many tokens, in the currency of the prices; None without any. A model without a price costs nothing."""
+        if not self._prices:
+            return None
+        return sum(
+            (found["prompt_tokens"] * price_in + found["completion_tokens"] * price_out) / 1e6
+            for engine, found in usage.items()
+            for price_in, price_out in [self._prices.get(engine, (0.0, 0.0))]
+        )
+
+    @property
+    def concurrency(self) -> int:
+        """Places for requests, of all engines together."""
+        return sum(engine.concurrency for engine in self._open.values())
+
+    async def start(self) -> None:
+        for engine in self._open.values():
+            await engine.start()
+
+    async def close(self) -> None:
+        for engine in self._open.values():
+            await engine.close()
+
+
+def check_models(settings: Settings, names: Sequence[str]) -> None:
+    """EngineRefused if a model that these stages ask is not named, or named by a path at which there is none."""
+    found: dict[str, EngineSettings] = settings.generators if "generate" in names else {}
+    if "critique-revise" in names:
+        found = found | settings.critics
+    if "critique-revise" in names or "rank" in names:
+        found = found | {"judge": settings.engine_for(settings.judge)}
+    for engine in found.values():
+        check_engine(_with_folder(engine))
+
+
+def _is_nano(settings: EngineSettings) -> bool:
+    return settings.model == "nano" and settings.backend in ("auto", "transformers", "vllm")
+
+
+def _with_folder(settings: EngineSettings) -> EngineSettings:
+    """`nano` stands for the embedded model's folder."""
+    return settings.model_copy(update={"model": str(nano.path())}) if _is_nano(settings) else settings
