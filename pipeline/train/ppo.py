@@ -156,7 +156,7 @@ def _read_prompts(
     """Of both splits, each short enough for a completion. Raises IncompleteError (3) if none is."""
     tallies: list[rows.Tally] = []
     room = min(settings.max_length or context, context) - settings.max_tokens
-    found = {}
+    found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
         found[split] = read_prompts(
             job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long

@@ -87,25 +87,25 @@ def test_the_first_step_has_no_kl_and_the_folder_loads(models: tuple[Path, Path]
     assert not run_ppo(data, *models, tmp_path / "ppo", keys={"num_inner_epochs": 1, "minibatch_size": 8}).is_new
 
 
-LIKES_A = "def score(conversations, completions):\n    return [float(c.count('a')) for c in completions]\n"
+LIKES_VOWELS = "def score(conversations, completions):\n    return [sum(x in 'aeiou' for x in c) for c in completions]\n"
 
 
 @pytest.mark.parametrize("advantages", ["gae", "policy-gradient", "rloo", "group-relative"])
 def test_every_kind_of_advantage_learns_what_a_function_rewards(
     advantages: str, models: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "likes.py").write_text(LIKES_A)
+    (tmp_path / "likes.py").write_text(LIKES_VOWELS)
     keys = {"reward": f"{tmp_path}/likes.py:score", "advantages": advantages, "num_samples": 4, "batch_size": 24}
-    keys |= {"minibatch_size": 24, "learning_rate": 3e-3, "epochs": 6, "kl_coef": 0.0, "missing_eos_penalty": 0.0}
+    keys |= {"minibatch_size": 12, "learning_rate": 3e-3, "epochs": 6, "kl_coef": 0.0, "missing_eos_penalty": 0.0}
     run_ppo(data, models[0], None, tmp_path / "ppo", keys=keys)
     found = [line["objective/scores"] for line in lines(tmp_path / "ppo")[1:]]
-    assert found[-1] > 2 * found[0] + 0.2
+    assert found[-1] > found[0] + 0.8
 
 
 def test_a_larger_kl_coef_keeps_the_policy_nearer_to_its_start(
     models: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "likes.py").write_text(LIKES_A)
+    (tmp_path / "likes.py").write_text(LIKES_VOWELS)
     keys = {"reward": f"{tmp_path}/likes.py:score", "num_samples": 4, "batch_size": 24, "minibatch_size": 24}
     keys |= {"learning_rate": 3e-3, "epochs": 6}
     ends = []
