@@ -19,7 +19,7 @@ from pipeline.cli.common import Console, command, run_option, settings_options
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.config.settings import Settings
     from pipeline.jobs import Job as JobOfRun
     from pipeline.train.layouts import Kind
     from pipeline.train.loop import Progress
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 LINE_EVERY_S = 30.0
-KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
 
 
 def _training_options(function: F) -> F:
@@ -101,9 +101,17 @@ def train_ppo_command(console: Console, reward_model: str | None, **options: Any
         from pipeline import jobs
         from pipeline.train.ppo import train_ppo
 
-        uses_run = settings.train_ppo.reward == "model" and not options["out"]
+        ppo = settings.train_ppo
+        if ppo.reward in ("judge", "graded"):
+            from constitution.principles import Constitution
+            from pipeline.live_judge import live_judge
+
+            constitution = Constitution.load(jobs.constitution_file(settings))
+            with live_judge(settings, constitution, job.start, ppo.reward) as judge:
+                return train_ppo(job, ppo, judge=judge)
+        uses_run = ppo.reward == "model" and not options["out"]
         scorer = jobs.scoring_model(options["run"], reward_model) if uses_run or reward_model else None
-        return train_ppo(job, settings.train_ppo, reward_model=scorer)
+        return train_ppo(job, ppo, reward_model=scorer)
 
     _train(console, "ppo", train, **options)
 
@@ -124,7 +132,7 @@ def _train(
             job, settings = _read_job(console, trainer, **options)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
+            _dry_run(console, trainer, job, settings)
         else:
             in_run = None if options["out"] else options["run"]
             _carry_out(console, trainer, train, job, settings, run=in_run)
@@ -250,10 +258,14 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
     return opened
 
 
-def _dry_run(console: Console, job: Job, settings: TrainSettings, kind: Kind) -> None:
+def _dry_run(console: Console, trainer: str, job: Job, settings: Settings) -> None:
+    from pipeline.train.ppo import plan_ppo
     from pipeline.train.stage import plan
 
-    found = plan(job, settings, kind)
+    if trainer == "ppo":
+        found = plan_ppo(job, settings.train_ppo)
+    else:
+        found = plan(job, getattr(settings, f"train_{trainer}"), KINDS[trainer])
     memory = found.memory
     console.report["counts"] = {
         **found.counts,

@@ -13,22 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from transformers import AutoConfig
+
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import IncompleteError, StoppedError, UsageError
-from pipeline.lm.load import ends, load
+from pipeline.lm.load import ends, load, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.train import ranks, rows
-from pipeline.train.batches import Data, batch_at, tokenise
+from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
 from pipeline.train.curves import draw_reward_kl
 from pipeline.train.loop import Outcome, Progress
+from pipeline.train.memory import measure
 from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
 from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
-from pipeline.train.stage import Job, Report, check_sizes, context_of, publish, published, work_folder
+from pipeline.train.stage import Job, Plan, Report, check_sizes, context_of, publish, published, work_folder
 
 
 def train_ppo(
@@ -148,6 +151,27 @@ def optimise(
             at = f"{task.folder}: stopped after step {run.step} of {run.total}"
             raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
     return run.finish(warn)
+
+
+def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:
+    """Reads and tokenises, and loads no weights. Reward model and value model count as if of the start's size."""
+    chat, context = Chat(load_tokenizer(job.start)), context_of(AutoConfig.from_pretrained(job.start))
+    prompts, _ = _read_prompts(job, settings, chat, context)
+    train, longest = prompts["train"].data, Data()
+    for row in range(len(train)):
+        example = rows.Row(train.ids[row], [], (), 1.0, (), "policy")
+        longest.add(example, train.group(row).prompt.tolist(), [[0] * settings.max_tokens] * settings.num_samples)
+    one = measure(job.start, longest, settings, job.device)
+    trained = 2 if settings.advantages == "gae" and settings.value == "separate" else 1
+    frozen = 2 if settings.reward in ("model", "policy") else 1
+    memory = one._replace(
+        weights=one.weights * (trained + frozen),
+        gradients=one.gradients * trained,
+        optimizer=one.optimizer * trained,
+        activations=one.activations * trained,
+    )
+    steps = steps_per_epoch(len(train), settings.batch_size) * settings.epochs
+    return Plan({name: dict(each.counts) for name, each in prompts.items()}, steps, memory)
 
 
 def _read_prompts(

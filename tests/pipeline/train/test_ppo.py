@@ -87,7 +87,9 @@ def test_the_first_step_has_no_kl_and_the_folder_loads(models: tuple[Path, Path]
     assert not run_ppo(data, *models, tmp_path / "ppo", keys={"num_inner_epochs": 1, "minibatch_size": 8}).is_new
 
 
-LIKES_VOWELS = "def score(conversations, completions):\n    return [sum(x in 'aeiou' for x in c) for c in completions]\n"
+LIKES_VOWELS = (
+    "def score(conversations, completions):\n    return [sum(x in 'aeiou' for x in c) for c in completions]\n"
+)
 
 
 @pytest.mark.parametrize("advantages", ["gae", "policy-gradient", "rloo", "group-relative"])
