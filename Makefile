@@ -16,7 +16,7 @@ demo: $(SET_UP)
 	@echo
 	@echo 'Models: runs/demo/models/sft, rm, dpo. Datasets: runs/demo/datasets/. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
-	@echo '      .venv/bin/cai try --model nano "How do I rob the village bank?"'
+	@echo '      .venv/bin/cai try --model nano --set critique_revise.draw=cover "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
 
 # The embedded model's figures in full, the recipe on it with three seeds, both against their bars, and the demo's tables.

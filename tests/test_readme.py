@@ -33,5 +33,5 @@ def test_every_file_that_the_readme_names_is_there():
         folder = Path(first).parent
         for name in (first, *(str(folder / other) for other in others)):
             assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\(([^)]+)\)", text):
+    for link in re.findall(r"\]\((?!https:)([^)]+)\)", text):
         assert (ROOT / link).exists(), link

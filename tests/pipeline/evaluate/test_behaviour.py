@@ -75,8 +75,9 @@ def test_the_table_has_a_line_for_every_fault_and_principle(run):
 
 def test_a_run_whose_prompts_are_of_another_world_is_refused(tmp_path, monkeypatch, capsys):
     other = RunFolder(tmp_path / "other", create=True)
-    publish(other, "prompts", [{"id": "a", "messages": [{"role": "user", "content": "Hello?"}], "tags": []}])
-    publish(other, "generate", [{"id": "a", "completions": [{"text": "Hello."}]}])
+    hello = [{"role": "user", "content": "Hello?"}]
+    publish(other, "prompts", [{"id": i, "messages": hello, "tags": []} for i in "ab"])
+    publish(other, "generate", [{"id": i, "completions": [{"text": "Hello."}]} for i in "ab"])
     monkeypatch.setattr("sys.argv", ["behaviour", str(other.path)])
     with pytest.raises(SystemExit) as ended:
         main()
