@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainPpoSettings
-from pipeline.errors import ResourceError
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks
@@ -137,7 +136,7 @@ class Run:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
         newest, sizes = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), [0, 0]
         if newest:
-            state, tensors = self._read(newest)
+            state, tensors = checkpoints.require(newest, training=self.task.folder)
             sizes, self.best.state = state.pop("bytes"), state.pop("best")
             for name, value in state.items():
                 setattr(self, name, value)
@@ -158,20 +157,9 @@ class Run:
             warn(f"no evaluation within kl_budget {self.settings.kl_budget}: the folder holds the starting model")
             _copy(dict(self.task.networks.policy.named_parameters()), self.task.networks.reference.state_dict())
             return Outcome(0, {})
-        state, tensors = self._read(self.task.folder / "best")
-        if state["step"] != self.best.step:
-            raise self._damaged(self.task.folder / "best")
+        _, tensors = checkpoints.require(self.task.folder / "best", training=self.task.folder, step=self.best.step)
         _copy(self.learners["policy"].parameters, tensors("policy"))
         return Outcome(self.best.step, self.best.metrics)
-
-    def _read(self, folder: Path) -> checkpoints.Checkpoint:
-        found = checkpoints.load(folder)
-        if found is None:
-            raise self._damaged(folder)
-        return found
-
-    def _damaged(self, folder: Path) -> ResourceError:
-        return ResourceError(f"{folder}: is not whole any more; delete {self.task.folder} and train again")
 
 
 @torch.no_grad()
