@@ -230,8 +230,8 @@ def test_a_reward_model_with_another_tokenizer_is_refused_or_reads_the_text_agai
     for n, score in enumerate(source.score(rollouts).tolist()):
         turns = [*rollouts.conversations[n], {"role": "assistant", "content": rollouts.texts[n]}]
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-        whole = reader(**tokenizer(text, return_tensors="pt")).logits[0, 0]
-        assert score == pytest.approx(float(whole), abs=1e-4)
+        whole = reader(**tokenizer(text, return_tensors="pt")).logits.item()
+        assert score == pytest.approx(whole, abs=1e-4)
 
 
 def test_a_language_model_is_no_reward_model(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
