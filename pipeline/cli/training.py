@@ -1,4 +1,4 @@
-"""train-sft, train-rm, train-dpo, train-rrhf: parse, call, print."""
+"""train-sft, train-rm, train-dpo, train-rrhf, train-ppo: parse, call, print."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pipeline.cli.pace import watching
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.config.settings import Settings
     from pipeline.jobs import Job as JobOfRun
+    from pipeline.lm.load import Head
     from pipeline.train.layouts import Kind
     from pipeline.train.scorers import Scorer
     from pipeline.train.stage import Job, Report
@@ -111,6 +112,29 @@ def train_rrhf_command(
     _train(console, "rrhf", train, flags=flags, **options)
 
 
+@command("train-ppo", help="Train a model by the scores of its answers (PPO), as InstructGPT was.")
+@click.option("--reward-model", metavar="MODEL", help="What scores answers; the run's models/rm if not given.")
+@_training_options
+def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline import jobs
+        from pipeline.train.ppo import train_ppo
+
+        ppo = settings.train_ppo
+        if ppo.reward in ("judge", "graded"):
+            from constitution.principles import Constitution
+            from pipeline.live_judge import live_judge
+
+            constitution = Constitution.load(jobs.constitution_file(settings))
+            with live_judge(settings, constitution, job.start, ppo.reward) as judge:
+                return train_ppo(job, ppo, judge=judge)
+        uses_run = ppo.reward == "model" and not options["out"]
+        scorer = jobs.scoring_model(options["run"], reward_model) if uses_run or reward_model else None
+        return train_ppo(job, ppo, reward_model=scorer)
+
+    _train(console, "ppo", train, **options)
+
+
 def _train(
     console: Console, trainer: str, train: Callable[[Job, Settings], Report], *, dry_run: bool, **options: Any
 ) -> None:
@@ -127,7 +151,7 @@ def _train(
             job, settings = _read_job(console, trainer, **options)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, job, getattr(settings, f"train_{trainer}"), trainer)
+            _dry_run(console, trainer, job, settings)
         else:
             in_run = None if options["out"] else options["run"]
             _carry_out(console, trainer, train, job, settings, run=in_run)
@@ -257,10 +281,15 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
     return opened
 
 
-def _dry_run(console: Console, job: Job, settings: TrainSettings, trainer: str) -> None:
+def _dry_run(console: Console, trainer: str, job: Job, settings: Settings) -> None:
+    from pipeline.train.ppo import plan_ppo
     from pipeline.train.stage import plan
 
-    found = plan(job, settings, KINDS[trainer], "score" if trainer == "rm" else "language")
+    if trainer == "ppo":
+        found = plan_ppo(job, settings.train_ppo)
+    else:
+        head: Head = "score" if trainer == "rm" else "language"
+        found = plan(job, getattr(settings, f"train_{trainer}"), KINDS[trainer], head)
     memory = found.memory
     console.report["counts"] = {
         **found.counts,
