@@ -103,7 +103,7 @@ def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(dat
     assert lora.weights == 4 * (numbers + trained)
     four = estimate("sft", data, start, {"lora": {"r": 8, "quantize": "4bit"}})
     layers = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1360)
-    assert four.weights == pytest.approx(4 * trained + 2 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
+    assert four.weights == pytest.approx(4 * trained + 4 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
 
 
 def test_the_advice_names_settings_that_fit_with_what_they_need(data: Path, start: Path) -> None:

@@ -56,7 +56,7 @@ def test_tensorboard_reads_every_step_once(start: Path, data: Path, tmp_path: Pa
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
-    """Of a LevelDB log, which wandb's offline files are behind 7 bytes: in blocks, each piece with crc, length, kind."""
+    """Of a LevelDB log, as wandb writes behind 7 bytes: in blocks, each piece with its crc, length and kind."""
     held, at = b"", 7
     while at + 7 <= len(data):
         if at % 32768 > 32768 - 7:
