@@ -22,6 +22,7 @@ COMMANDS = {
     "train-rm": ("pipeline.cli.training", "Train a reward model on preferences."),
     "train-dpo": ("pipeline.cli.training", "Train a model on preferences directly (DPO, IPO)."),
     "train-rrhf": ("pipeline.cli.training", "Train a model on ranked answers (RRHF)."),
+    "train-ppo": ("pipeline.cli.training", "Train a model by the scores of its answers (PPO), as InstructGPT was."),
     "score": ("pipeline.cli.scoring", "Score answers with a reward model or a policy, and group them by quality."),
     "status": ("pipeline.cli.look", "Show how far a run is."),
     "show": ("pipeline.cli.look", "Read the records of a run: drafts, critiques, word diffs, probabilities."),

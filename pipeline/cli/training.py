@@ -1,13 +1,10 @@
-"""train-sft, train-rm, train-dpo, train-rrhf: parse, call, print."""
+"""train-sft, train-rm, train-dpo, train-rrhf, train-ppo: parse, call, print."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import signal
-import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,21 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.cli.common import Console, command, run_option, settings_options
-from pipeline.cli.progress import duration
+from pipeline.cli.pace import watching
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from pipeline.config.settings import Settings, TrainSettings
+    from pipeline.config.settings import Settings
     from pipeline.jobs import Job as JobOfRun
+    from pipeline.lm.load import Head
     from pipeline.train.layouts import Kind
-    from pipeline.train.loop import Progress
     from pipeline.train.scorers import Scorer
     from pipeline.train.stage import Job, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
-LINE_EVERY_S = 30.0
-PACE_STEPS = 50
-"""Over so many steps the speed is measured."""
 KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
 
 
@@ -118,6 +112,29 @@ def train_rrhf_command(
     _train(console, "rrhf", train, flags=flags, **options)
 
 
+@command("train-ppo", help="Train a model by the scores of its answers (PPO), as InstructGPT was.")
+@click.option("--reward-model", metavar="MODEL", help="What scores answers; the run's models/rm if not given.")
+@_training_options
+def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
+    def train(job: Job, settings: Settings) -> Report:
+        from pipeline import jobs
+        from pipeline.train.ppo import train_ppo
+
+        ppo = settings.train_ppo
+        if ppo.reward in ("judge", "graded"):
+            from constitution.principles import Constitution
+            from pipeline.live_judge import live_judge
+
+            constitution = Constitution.load(jobs.constitution_file(settings))
+            with live_judge(settings, constitution, job.start, ppo.reward) as judge:
+                return train_ppo(job, ppo, judge=judge)
+        uses_run = ppo.reward == "model" and not options["out"]
+        scorer = jobs.scoring_model(options["run"], reward_model) if uses_run or reward_model else None
+        return train_ppo(job, ppo, reward_model=scorer)
+
+    _train(console, "ppo", train, **options)
+
+
 def _train(
     console: Console, trainer: str, train: Callable[[Job, Settings], Report], *, dry_run: bool, **options: Any
 ) -> None:
@@ -134,7 +151,7 @@ def _train(
             job, settings = _read_job(console, trainer, **options)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, job, getattr(settings, f"train_{trainer}"), trainer)
+            _dry_run(console, trainer, job, settings)
         else:
             in_run = None if options["out"] else options["run"]
             _carry_out(console, trainer, train, job, settings, run=in_run)
@@ -197,7 +214,7 @@ def _carry_out(
         if run:
             made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
             job = replace(job, made_from=made_from)
-        with _stop_requests() as should_stop, _watch(console) as watch:
+        with _stop_requests() as should_stop, watching(console) as watch:
             report = train(replace(job, watch=watch, should_stop=should_stop), settings)
         _show(console, trainer, report)
 
@@ -226,7 +243,7 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
     )
     console.say(f"train-{trainer}: start: {job.start}")
     train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
-    with _stop_requests() as should_stop, _watch(console) as watch:
+    with _stop_requests() as should_stop, watching(console) as watch:
         made_from = _made_from(opened, trainer, job)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
         report = train(job, getattr(settings, f"train_{trainer}"))
@@ -264,10 +281,15 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
     return opened
 
 
-def _dry_run(console: Console, job: Job, settings: TrainSettings, trainer: str) -> None:
+def _dry_run(console: Console, trainer: str, job: Job, settings: Settings) -> None:
+    from pipeline.train.ppo import plan_ppo
     from pipeline.train.stage import plan
 
-    found = plan(job, settings, KINDS[trainer], "score" if trainer == "rm" else "language")
+    if trainer == "ppo":
+        found = plan_ppo(job, settings.train_ppo)
+    else:
+        head: Head = "score" if trainer == "rm" else "language"
+        found = plan(job, getattr(settings, f"train_{trainer}"), KINDS[trainer], head)
     memory = found.memory
     console.report["counts"] = {
         **found.counts,
@@ -306,51 +328,3 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
     yield lambda: bool(asked)
-
-
-@contextmanager
-def _watch(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, a line every 30 s elsewhere."""
-    if console.quiet:
-        yield lambda progress: None
-    elif not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
-        pace, last = _Pace(), [time.monotonic()]
-
-        def line(progress: Progress) -> None:
-            told = pace.describe(progress)
-            if time.monotonic() - last[0] >= LINE_EVERY_S:
-                last[0] = time.monotonic()
-                console.say(f"step {progress.step} of {progress.total}; {told}")
-
-        yield line
-    else:
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
-        with Bar(*columns, console=RichConsole(stderr=True)) as bar:
-            pace, task = _Pace(), bar.add_task("", total=None)
-
-            def draw(progress: Progress) -> None:
-                bar.update(task, completed=progress.step, total=progress.total, description=pace.describe(progress))
-
-            yield draw
-
-
-class _Pace:
-    """What a training does in a second, from its last steps; what was done before a resume does not count."""
-
-    def __init__(self) -> None:
-        self.marks: deque[tuple[float, Progress]] = deque(maxlen=PACE_STEPS)
-
-    def describe(self, progress: Progress) -> str:
-        """Loss and, from the second step on, tokens a second and the time left."""
-        self.marks.append((time.monotonic(), progress))
-        (began, first), (now, last) = self.marks[0], self.marks[-1]
-        loss = f"loss {progress.line['loss']:.4f}"
-        if first is last:
-            return loss
-        rate = (last.tokens - first.tokens) / (now - began)
-        left = (last.total - last.step) * (now - began) / (last.step - first.step)
-        return f"{loss}, {rate:.0f} tokens/s, about {duration(left)} left"

@@ -227,6 +227,64 @@ class TrainRrhfSettings(TrainSettings):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
+class TrainPpoSettings(TrainSettings):
+    """batch_size: prompts of a step, each with num_samples completions of up to max_tokens.
+
+    reward: `model`, `policy` (mean log-probability, as RRHF ranks), `judge` (against the starting model's answer),
+    `graded` (1-10 by the judge), or `FILE.py:FUNCTION`. reencode: a reward model with another tokenizer reads
+    the text again.
+    minibatch_size: prompts of one update of the optimiser, num_inner_epochs times over the batch.
+    advantages: of generalised advantage estimation with a value function, or of three baselines without one.
+    value: a model of its own, or a head on the policy's backbone (joint). value_start: what it begins as.
+    kl_target: if set, nats a completion that kl_coef is steered to, within about kl_horizon episodes.
+    max_approxkl: nats a token from the sampling policy at which the rest of a step's updates is left out.
+    cliprange_reward: bound of scores. missing_eos_penalty: taken from the score of a completion that did not end.
+    ptx_coef: of the loss on ptx_data, ptx_per_prompt rows of it for each prompt.
+    kl_budget: nats a completion; what is further from the start is not kept. num_logged: completions a step.
+    """
+
+    batch_size: Count = 64
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    select: Annotated[str, Field(pattern="^(min|max) eval/[^ ]+$")] = "max eval/scores"
+    reward: Annotated[str, Field(pattern=r"^(model|policy|judge|graded|.+\.py:\w+)$")] = "model"
+    reencode: bool = False
+    num_samples: Count = 1
+    max_tokens: Count = 128
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    minibatch_size: Count = 64
+    num_inner_epochs: Count = 1
+    advantages: Literal["gae", "policy-gradient", "rloo", "group-relative"] = "gae"
+    value: Literal["separate", "joint"] = "separate"
+    value_start: Literal["reward", "zero"] = "reward"
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    cliprange: Annotated[float, Field(gt=0)] = 0.2
+    cliprange_value: Annotated[float, Field(gt=0)] = 0.2
+    vf_coef: Annotated[float, Field(ge=0)] = 0.1
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: Annotated[float, Field(gt=0)] | None = None
+    kl_horizon: Annotated[float, Field(gt=0)] = 10000.0
+    max_approxkl: Annotated[float, Field(gt=0)] | None = None
+    whiten_rewards: bool = False
+    cliprange_reward: Annotated[float, Field(gt=0)] | None = None
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ptx_coef: Annotated[float, Field(ge=0)] = 0.0
+    ptx_data: str | None = None
+    ptx_per_prompt: Count = 1
+    kl_budget: Annotated[float, Field(gt=0)] | None = None
+    num_logged: Annotated[int, Field(ge=0)] = 4
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainPpoSettings:
+        if self.advantages in ("rloo", "group-relative") and self.num_samples < 2:
+            raise ValueError(f"advantages: {self.advantages} compares samples of a prompt; set num_samples: 2 or more")
+        return self
+
+
 class RunSettings(Section):
     """max_time: seconds after which the run stops, resumable. budget_tokens, budget_cost: likewise, of new replies.
 
@@ -262,6 +320,7 @@ class Settings(Section):
     train_rm: TrainRmSettings = TrainRmSettings()
     train_dpo: TrainDpoSettings = TrainDpoSettings()
     train_rrhf: TrainRrhfSettings = TrainRrhfSettings()
+    train_ppo: TrainPpoSettings = TrainPpoSettings()
     run: RunSettings = RunSettings()
 
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:

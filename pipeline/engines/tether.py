@@ -13,11 +13,23 @@ _LOOK_S = 1.0
 
 
 def run_engine_core(*args: Any, **options: Any) -> None:
-    """Runs in the engine's process, in the place of vLLM's own function, which it calls. Its workers follow it."""
-    threading.Thread(target=_watch, args=(int(os.environ[PARENT]),), name="tether", daemon=True).start()
+    """Runs in an engine's process, in the place of vLLM's own function, which it calls. Its workers follow it."""
+    _tie()
     from vllm.v1.engine.core import EngineCoreProc
 
     EngineCoreProc.run_engine_core(*args, **options)
+
+
+def run_coordinator(*args: Any, **options: Any) -> None:
+    """The same in the process that stands between several engines."""
+    _tie()
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    DPCoordinatorProc.run_coordinator(*args, **options)
+
+
+def _tie() -> None:
+    threading.Thread(target=_watch, args=(int(os.environ[PARENT]),), name="tether", daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -80,7 +80,7 @@ class VllmModel:
         try:
             self.llm = _launch(self._arguments())
         except (RuntimeError, ValueError, OSError, TypeError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            reason = _reason(error)
             cure = "set VLLM_LOGGING_LEVEL=INFO to see vLLM's own messages"
             raise EngineRefused(f"{self._options['model']}: vLLM cannot load it ({reason}); {cure}") from error
         finally:
@@ -131,17 +131,26 @@ def _set_environment() -> None:
     os.environ[tether.PARENT] = str(os.getpid())
 
 
+def _reason(error: Exception) -> str:
+    """vLLM's own words in one line; the first line of a pydantic error only counts the others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = lines[1:] if "validation error" in lines[0] else lines
+    return (said or lines)[0].removeprefix("Value error, ").partition(" [type=")[0][:300]
+
+
 def _launch(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.coordinator import DPCoordinatorProc
     from vllm.v1.engine.core import EngineCoreProc
 
-    untied = EngineCoreProc.run_engine_core
+    untied = EngineCoreProc.run_engine_core, DPCoordinatorProc.run_coordinator
     EngineCoreProc.run_engine_core = staticmethod(tether.run_engine_core)
+    DPCoordinatorProc.run_coordinator = staticmethod(tether.run_coordinator)
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     finally:
-        EngineCoreProc.run_engine_core = staticmethod(untied)
+        EngineCoreProc.run_engine_core, DPCoordinatorProc.run_coordinator = map(staticmethod, untied)
 
 
 def _rank(adapter: str) -> int:

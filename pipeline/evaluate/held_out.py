@@ -4,7 +4,8 @@
 
 Every request has a held-out verb-object combination, half of them a held-out way to ask. Answers are sampled at
 temperature 1. The models are those that the run trained, and the one that it started from. Of the reward model: how
-often it scores an answer without fault above one with a fault, both sampled from the SFT model for the same request.
+often it scores an answer without fault above one with a fault, both sampled for the same request, from the model that
+the run started from and from its SFT model.
 """
 
 from __future__ import annotations
@@ -81,14 +82,16 @@ def behaviour(model: str, *, cases: int = CASES, seed: int = 0) -> dict[str, Rat
     return tally.rates()
 
 
-def reward_model_accuracy(reward_model: str, policy: str, *, cases: int = CASES, seed: int = 0) -> Rate:
+def reward_model_accuracy(reward_model: str, policies: Sequence[str], *, cases: int = CASES, seed: int = 0) -> Rate:
     """How often a sampled answer without fault scores above a sampled one with a fault, one pair for a request."""
-    pairs = []
-    for messages, texts in answer(policy, requests(cases, seed), samples=SAMPLES, seed=seed):
-        good = [text for text in texts if not any(world.grade(messages, text))]
-        bad = [text for text in texts if any(world.grade(messages, text))]
+    rng, pairs = Random(seed), []
+    answers = [answer(policy, requests(cases, seed), samples=SAMPLES, seed=seed) for policy in policies]
+    for same in zip(*answers, strict=True):
+        messages = same[0].messages
+        graded = [(text, any(world.grade(messages, text))) for answered in same for text in answered.texts]
+        good, bad = ([text for text, is_bad in graded if is_bad == wanted] for wanted in (False, True))
         if good and bad:
-            pairs.append((messages, good[0], bad[0]))
+            pairs.append((messages, rng.choice(good), rng.choice(bad)))
     scores = score(reward_model, pairs)
     return wilson(sum(good > bad for good, bad in scores), len(scores))
 
@@ -125,7 +128,8 @@ def measure(run: Path, *, cases: int = CASES, seed: int = 0) -> Measured:
     reward_model = run / "models" / "rm"
     if not (reward_model / "config.json").exists():
         return Measured(found, None, None)
-    right = reward_model_accuracy(str(reward_model), str(folders["sft"]), cases=cases, seed=seed)
+    policies = [str(models["base"]), str(models["sft"])]
+    right = reward_model_accuracy(str(reward_model), policies, cases=cases, seed=seed)
     return Measured(found, right, _test_pairs(reward_model))
 
 

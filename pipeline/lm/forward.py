@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import EngineRefused
-from pipeline.lm.head import token_logps
+from pipeline.lm.head import token_entropies, token_logps
 from pipeline.lm.packed import PACKED, pack
 
 _TOLERANCE = {torch.float32: 1e-3}  # nats, of a token
@@ -50,12 +50,27 @@ def completion_logps(model: Any, groups: Sequence[Group]) -> Logps:
 
     model: a causal language model, as `prepare` leaves it.
     """
+    return logps_from_states(model, completion_states(model, groups), groups)
+
+
+def completion_states(model: Any, groups: Sequence[Group]) -> Tensor:
+    """(M, H) hidden states in which each token of each completion is drawn; model: with any head."""
     states = _run(model, groups, last_token=False)
+    predicting = torch.cat([torch.cat([before, own]) for before, own in zip(states.before, states.own, strict=True)])
+    return states.hidden[predicting.to(model.device)]
+
+
+def logps_from_states(model: Any, states: Tensor, groups: Sequence[Group], *, temperature: float = 1.0) -> Logps:
+    """What `completion_logps` gives, from the states that `completion_states` gives."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = torch.tensor([len(completion) for completion in completions], device=model.device)
     targets = torch.cat(completions).long().to(model.device)
-    predicting = torch.cat([torch.cat([before, own]) for before, own in zip(states.before, states.own, strict=True)])
-    return Logps(_head(model, states.hidden[predicting.to(model.device)], targets), lengths)
+    return Logps(token_logps(states, targets=targets, temperature=temperature, **_head(model)), lengths)
+
+
+def entropies_from_states(model: Any, states: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """(M,) entropy, in nats, of the distribution that each token is drawn from."""
+    return token_entropies(states, temperature=temperature, **_head(model))
 
 
 def completion_ends(model: Any, groups: Sequence[Group]) -> Tensor:
@@ -140,10 +155,10 @@ def _run_rows(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[T
     return _States(hidden.flatten(0, 1), before, own)
 
 
-def _head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def _head(model: Any) -> dict[str, Any]:
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return token_logps(hidden, head.weight, targets, bias=getattr(head, "bias", None), softcap=softcap)
+    return {"weight": head.weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
 def _probe(vocabulary: int) -> list[Group]:

@@ -6,7 +6,7 @@ there are more, they are made again chunk by chunk.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,18 @@ CHUNK = 1 << 25
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """(M,) fp32, in nats. hidden: (M, H). weight: (V, H) and bias: (V,) of the head. targets: (M,) token ids.
 
-    softcap: logits are softcap·tanh(logits / softcap), as in Gemma 2. Differentiable once, by hidden, weight and bias.
+    softcap: logits are softcap·tanh(logits / softcap), as in Gemma 2. temperature: what they are then divided by.
+    Differentiable once, by hidden, weight and bias.
     """
     kind = hidden.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -30,7 +37,15 @@ def token_logps(
     rows = max(1, CHUNK // len(weight))
     keep = len(hidden) <= rows
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([_TokenLogps.apply(states, weight, bias, tokens, softcap, keep) for states, tokens in chunks])
+    shape = Shape(softcap, temperature)
+    return torch.cat([_TokenLogps.apply(states, weight, bias, tokens, shape, keep) for states, tokens in chunks])
+
+
+class Shape(NamedTuple):
+    """What a model does to its logits behind the head."""
+
+    softcap: float | None
+    temperature: float
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -41,12 +56,12 @@ class _TokenLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        softcap: float | None,
+        shape: Shape,
         keep: bool,
     ) -> Tensor:
-        logits = _logits(hidden, weight, bias, softcap)
+        logits = _logits(hidden, weight, bias, shape)
         totals = logits.logsumexp(dim=-1)
-        ctx.softcap = softcap
+        ctx.shape = shape
         ctx.save_for_backward(hidden, weight, bias, targets, totals, logits if keep else None)
         return logits.gather(1, targets[:, None])[:, 0] - totals
 
@@ -56,11 +71,14 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, targets, totals, logits = ctx.saved_tensors
         grad = grads[0][:, None]
         if logits is None:
-            logits = _logits(hidden, weight, bias, ctx.softcap)
-        slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            logits = _logits(hidden, weight, bias, ctx.shape)
+        softcap, temperature = ctx.shape
+        slope = None if softcap is None else 1 - (logits * (temperature / softcap)) ** 2
         by_logits = logits.sub_(totals[:, None]).exp_().mul_(-grad).scatter_add_(1, targets[:, None], grad)
         if slope is not None:
             by_logits.mul_(slope)
+        if temperature != 1:
+            by_logits.div_(temperature)
         by_logits = by_logits.to(hidden.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
@@ -73,6 +91,24 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
     logits = linear(hidden, weight, bias).float()
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if shape.softcap is not None:
+        logits.div_(shape.softcap).tanh_().mul_(shape.softcap)
+    return logits if shape.temperature == 1 else logits.div_(shape.temperature)
+
+
+def token_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(M,) fp32, in nats: the entropy of each next token's distribution; differentiable, keeps (M, V) tensors."""
+    logits = linear(hidden, weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logps = (logits / temperature).log_softmax(dim=-1)
+    return -(logps.exp() * logps).sum(dim=-1)

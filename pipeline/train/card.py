@@ -14,6 +14,7 @@ TITLES = {
     "rm": "Reward model (Bradley-Terry)",
     "dpo": "Direct preference optimisation",
     "rrhf": "RRHF (rank responses)",
+    "ppo": "PPO (proximal policy optimisation)",
 }
 
 

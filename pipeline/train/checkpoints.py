@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.dataset_folder import file_sha256
+from pipeline.errors import ResourceError
 from pipeline.records import canonical, digest
 from pipeline.store import io_errors, make_folder, sync_folder, write_atomic
 
@@ -73,6 +74,14 @@ def load(folder: Path) -> Checkpoint | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Checkpoint(content["state"], lambda name: load_file(folder / f"{name}.safetensors"))
+
+
+def require(folder: Path, *, training: Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint that must be whole, and of this step; ResourceError if not. training: the folder of all its work."""
+    found = load(folder)
+    if found is None or step not in (None, found[0]["step"]):
+        raise ResourceError(f"{folder}: is not whole any more; delete {training} and train again")
+    return found
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
-_NOT_DRAWN = ("step", "epoch", "seconds")
+_NOT_DRAWN = re.compile("step|epoch|seconds(/.*)?")
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
@@ -18,7 +19,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for line in metrics.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         for name, value in fields.items():
-            if name not in _NOT_DRAWN:
+            if not _NOT_DRAWN.fullmatch(name):
                 split = "eval" if name.startswith("eval/") else "train"
                 curves[name.removeprefix("eval/")][split].append((fields["step"], value))
     columns = min(3, len(curves))
@@ -33,3 +34,26 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         if len(lines) > 1:
             panel.legend(fontsize=8)
     figure.savefig(picture, dpi=110, metadata={"Software": None})
+
+
+def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> bool:
+    """Mean score over KL from the start, a point for each evaluation. False if there was none."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    points = [(line["eval/kl"], line["eval/scores"], line["step"]) for line in lines if "eval/kl" in line]
+    if not points:
+        return False
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    panel.plot([kl for kl, _, _ in points], [score for _, score, _ in points], marker="o", linewidth=1)
+    for kl, score, step in points:
+        panel.annotate(str(step), (kl, score), fontsize=7)
+    if kl_budget is not None:
+        panel.axvline(kl_budget, linestyle="--", linewidth=1, color="grey")
+    panel.set_xlabel("KL from the start, nats a completion")
+    panel.set_ylabel("mean score")
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    return True

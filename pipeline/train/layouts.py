@@ -19,7 +19,7 @@ from pipeline.records import Message
 
 DOCS = "see docs/datasets.md"
 
-Kind = Literal["sft", "pairs", "ranked", "any"]
+Kind = Literal["sft", "pairs", "ranked", "prompts", "any"]
 """any: all completions that a row has, with the scores or the order that they may have."""
 
 _WHOLE = ("messages", "transcript", "text")
@@ -28,7 +28,7 @@ _WHOLE = ("messages", "transcript", "text")
 class Example(NamedTuple):
     """What a row teaches.
 
-    prompt: ends with a user turn. completions: one (sft), two (pairs) or more (ranked), none of them empty.
+    prompt: ends with a user turn. completions: none (prompts), one (sft), two (pairs) or more (ranked); not empty.
     probability: in [0, 1], that the first of a pair is better. scores: of each ranked completion, higher is better; of
     kind any () where a row says nothing of its order.
     """
@@ -63,6 +63,8 @@ def read_example(fields: dict[str, Any], where: str, kind: Kind) -> Example | st
         return _imitation(columns, where)
     if kind == "pairs":
         return _pair(columns, where)
+    if kind == "prompts":
+        return _question(columns, where)
     return _ranking(columns, where) if kind == "ranked" else _any(columns, where)
 
 
@@ -79,6 +81,8 @@ def _any(columns: dict[str, Any], where: str) -> Example | str:
 
 def _imitation(columns: dict[str, Any], where: str) -> Example | str:
     name = next((name for name in ("completion", "chosen", *_WHOLE, "instruction") if name in columns), None)
+    if name is None and {"input", "output"} <= columns.keys():
+        return _imitation({"prompt": columns["input"], "completion": columns["output"]}, where)
     if name is None:
         raise _missing("completion", columns, where)
     if name == "instruction":
@@ -88,6 +92,17 @@ def _imitation(columns: dict[str, Any], where: str) -> Example | str:
     else:
         found = _answered(columns[name], name, None if name in _WHOLE else _read_prompt(columns, where), where)
     return _fault([found]) or Example(found.prompt, (found.answer,))
+
+
+def _question(columns: dict[str, Any], where: str) -> Example | str:
+    """A prompt of its own, or a conversation without its last answer."""
+    prompt = _read_prompt(columns, where)
+    if prompt is None:
+        name = next((name for name in ("chosen", *_WHOLE) if name in columns), None)
+        if name is None:
+            raise _missing("prompt", columns, where)
+        return _no_prompt(turns := _answered(columns[name], name, None, where).prompt) or Example(turns, ())
+    return _no_prompt(turns := merge_turns(prompt.turns)) or Example(turns, ())
 
 
 def _pair(columns: dict[str, Any], where: str) -> Example | str:
@@ -149,6 +164,10 @@ def _fault(found: list[_Answered]) -> str | None:
         return "empty"
     if any(answered.prompt != prompt for answered in found):
         return "different_prompts"
+    return _no_prompt(prompt)
+
+
+def _no_prompt(prompt: list[Message]) -> str | None:
     if not prompt or prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
         return "no_prompt"
     return None

@@ -10,7 +10,6 @@ first one writes. None of this depends on their number, so that a checkpoint may
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter, defaultdict
@@ -26,10 +25,10 @@ from torch import Tensor
 from pipeline.config.settings import TrainSettings
 from pipeline.errors import DivergedError, ResourceError, StoppedError
 from pipeline.records import Line
-from pipeline.store import io_errors
 from pipeline.train import checkpoints, ranks, shards
 from pipeline.train.batches import Data, batch_at, dealt_microbatches, steps_per_epoch
 from pipeline.train.best import Best
+from pipeline.train.lines import LineFile
 from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
 
 KEPT = 2
@@ -124,7 +123,7 @@ def fit(
         line = run.train_step()
         if run.is_due(task.settings.eval_every):
             line |= run.evaluate()
-        run.log(line | {"seconds": round(time.perf_counter() - began, 3)})
+        run.metrics.append([line | {"seconds": round(time.perf_counter() - began, 3)}])
         watch(Progress(run.step, run.total, run.num_tokens, line))
         stops = any(ranks.gather(should_stop()))
         if stops or run.is_due(task.settings.save_every):
@@ -147,6 +146,7 @@ class _Run:
             ranks.copy_from_first([parameter.detach() for parameter in self.parameters.values()])
         self.optimizer = make_optimizer(self.parameters, self.settings.weight_decay)
         self.best = Best(self.settings.select)
+        self.metrics = LineFile(task.folder / "metrics.jsonl")
         self.step = self.num_tokens = 0
 
     # One step
@@ -252,20 +252,9 @@ class _Run:
 
     # Files
 
-    @property
-    def metrics_file(self) -> Path:
-        return self.task.folder / "metrics.jsonl"
-
-    def log(self, line: Line) -> None:
-        def append() -> None:
-            with io_errors(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-        ranks.first(append)
-
     def save(self) -> None:
         state = {"step": self.step, "num_tokens": self.num_tokens, "best": self.best.state}
-        state["metrics_bytes"] = ranks.first(lambda: self.metrics_file.stat().st_size)
+        state["metrics_bytes"] = self.metrics.size()
         tensors = {"weights": self.parameters, "optimizer": state_tensors(self.optimizer, self.parameters)}
         if self.task.refresh:
             tensors["fresh"] = self.task.refresh.tensors()
@@ -281,38 +270,23 @@ class _Run:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
         newest, size = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), 0
         if newest:
-            state, tensors = ranks.together(lambda: self._read(newest))
+            state, tensors = ranks.together(lambda: checkpoints.require(newest, training=self.task.folder))
             self.step, self.num_tokens, size = state["step"], state["num_tokens"], state["metrics_bytes"]
             self.best.state = state["best"]
             self._load_weights(tensors("weights"))
             load_state(self.optimizer, self.parameters, tensors("optimizer"))
             if self.task.refresh:
                 self.task.refresh.load(tensors("fresh"))
-        ranks.first(lambda: self._cut_metrics(size))
-
-    def _cut_metrics(self, size: int) -> None:
-        if self.metrics_file.exists():
-            with io_errors(self.metrics_file), self.metrics_file.open("r+b") as file:
-                file.truncate(size)
+        self.metrics.cut(size)
 
     def finish(self) -> Outcome:
         """The best weights go back into the model; without evaluations the last ones stay."""
         if self.best.step in (0, self.step):
             return Outcome(self.step, self.best.metrics)
-        state, tensors = ranks.together(lambda: self._read(self.task.folder / "best"))
-        if state["step"] != self.best.step:
-            raise ranks.shared(self._damaged(self.task.folder / "best"))
+        work, step = self.task.folder, self.best.step
+        _, tensors = ranks.together(lambda: checkpoints.require(work / "best", training=work, step=step))
         self._load_weights(tensors("weights"))
         return Outcome(self.best.step, self.best.metrics)
-
-    def _read(self, folder: Path) -> checkpoints.Checkpoint:
-        found = checkpoints.load(folder)
-        if found is None:
-            raise self._damaged(folder)
-        return found
-
-    def _damaged(self, folder: Path) -> ResourceError:
-        return ResourceError(f"{folder}: is not whole any more; delete {self.task.folder} and train again")
 
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -333,6 +307,10 @@ class Tally:
     def add(self, terms: Terms) -> None:
         for name, values in {"loss": terms.losses, **terms.metrics}.items():
             self._parts[name].append(values.detach())
+
+    def join(self, other: Tally) -> None:
+        for name, parts in other._parts.items():
+            self._parts[name] += parts
 
     def means(self) -> dict[str, float]:
         """Over all processes."""

@@ -5,6 +5,8 @@ Each returns one loss for every element; what is averaged over the optimiser's w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -78,3 +80,31 @@ def rrhf_loss(means: Tensor, sums: Tensor, scores: Tensor, *, rrhf_weight: float
     is_worse = scores[:, None] < scores[None, :]
     gaps = (means[:, None] - means[None, :]).clamp(min=0)
     return rrhf_weight * torch.where(is_worse, gaps, 0).sum() - sums[scores.argmax()]
+
+
+class Clipped(NamedTuple):
+    """losses: one for every token. is_clipped: where the clipped branch is the larger, so that no gradient flows."""
+
+    losses: Tensor
+    is_clipped: Tensor
+
+
+def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, *, cliprange: float) -> Clipped:
+    """Clipped surrogate of each token: Schulman et al. 2017 (arXiv 1707.06347), eq. 7, with its sign changed.
+
+    logps, old_logps: in nats, of the drawn tokens, under the policy and under what drew them. Any one shape.
+    """
+    ratios = torch.exp(logps - old_logps)
+    plain = -advantages * ratios
+    clipped = -advantages * ratios.clamp(1 - cliprange, 1 + cliprange)
+    return Clipped(torch.maximum(plain, clipped), clipped > plain)
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float) -> Clipped:
+    """Half the squared error of each value, the larger of plain and clipped around the old value.
+
+    Huang et al., "The N implementation details of RLHF with PPO"; the half is in their code too. Any one shape.
+    """
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    plain_errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
+    return Clipped(0.5 * torch.maximum(plain_errors, clipped_errors), clipped_errors > plain_errors)

@@ -14,12 +14,12 @@ from pipeline.train.shards import like
 COSINE_END = 0.1
 
 
-def make_optimizer(parameters: dict[str, Tensor], weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(parameters: dict[str, Tensor], weight_decay: float, *, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); only matrices decay."""
     matrices = [p for p in parameters.values() if p.ndim > 1]
     others = [p for p in parameters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], eps=eps, fused=True)
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:

@@ -32,6 +32,7 @@ DATASETS: dict[Kind, tuple[str, ...]] = {
     "sft": ("sft",),
     "pairs": ("preference",),
     "ranked": ("ranked",),
+    "prompts": ("prompts",),
     "any": ("ranked", "preference", "sft"),
 }
 """Kind of rows -> the datasets of a run that may hold them; the first that is there is read."""

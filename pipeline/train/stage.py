@@ -102,15 +102,15 @@ def train(
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
     loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
     model = loaded.model
-    _check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
+    check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer)
-    data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, _context(model.config)))
+    data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, context_of(model.config)))
     counts, digests = _counts(data), {name: each.digest for name, each in data.items()}
     made_with = [job.seed, loaded.fingerprint, *other_models.items(), *digests.values()]
     identity = digest([trainer, settings.model_dump(mode="json", exclude={"parallel"}), *made_with])
-    if found := ranks.first(lambda: _published(job.out, identity)):
+    if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
-    folder = ranks.first(lambda: _work_folder(job.out, identity, job.say))
+    folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
     prepare(model)
     adapted = attach(model, settings.lora, head=head, seed=job.seed) if settings.lora else None
     silence_dropout(model, settings)
@@ -186,8 +186,8 @@ class Plan(NamedTuple):
 def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     """Reads and tokenises, and loads no weights."""
     config, tokenizer = load_config(job.start), load_tokenizer(job.start)
-    _check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
-    data, _ = read_data(job, settings, kind, Chat(tokenizer), _context(config))
+    check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
+    data, _ = read_data(job, settings, kind, Chat(tokenizer), context_of(config))
     steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
     need = (job.start, data["train"], settings, job.device, head)
     memory = measure(*need)
@@ -223,10 +223,20 @@ def read_data(
     return data, tallies
 
 
-def publish(model: Any, adapted: Any, tokenizer: Any, job: Job, folder: Path, description: dict[str, Any]) -> None:
+def publish(
+    model: Any,
+    adapted: Any,
+    tokenizer: Any,
+    job: Job,
+    folder: Path,
+    description: dict[str, Any],
+    *,
+    extras: Sequence[str] = (),
+) -> None:
     """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes.
 
     adapted: what `attach` gave; then the model is the start with the adapter in its weights, and has it in a folder.
+    extras: further files of the work in progress that go along.
     """
     ready = folder / "ready"
     shutil.rmtree(ready, ignore_errors=True)
@@ -236,8 +246,9 @@ def publish(model: Any, adapted: Any, tokenizer: Any, job: Job, folder: Path, de
             model = merged(job.start, ready / ADAPTER, like=model)
         model.to(stored_dtype(job.start)).save_pretrained(ready)
         tokenizer.save_pretrained(ready)
-        shutil.copyfile(folder / "metrics.jsonl", ready / "metrics.jsonl")
-        if TENSORBOARD in job.trackers:
+        for name in ("metrics.jsonl", *extras):
+            shutil.copyfile(folder / name, ready / name)
+        if TENSORBOARD in job.trackers and (folder / TENSORBOARD).exists():
             shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
     draw_curves(ready / "metrics.jsonl", ready / "curves.png")
     write_card(ready / "README.md", description)
@@ -261,7 +272,7 @@ def _sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _published(out: Path, identity: str) -> dict[str, Any] | None:
+def published(out: Path, identity: str) -> dict[str, Any] | None:
     """The description of a finished folder that was made from the same inputs."""
     path = out / "training.json"
     if not path.exists():
@@ -272,7 +283,7 @@ def _published(out: Path, identity: str) -> dict[str, Any] | None:
     return found if found.get("identity") == identity else None
 
 
-def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
+def work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
     """The folder of work in progress; what was begun from other inputs is thrown away."""
     folder = out.with_name(f".{out.name}.training")
     marker = folder / "identity"
@@ -284,7 +295,7 @@ def _work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
+def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
     if not tokenizer.chat_template:
         raise UsageError(
             f"model {name}: no chat template; give a chat model, or put a chat_template.jinja in its folder"
@@ -304,5 +315,5 @@ def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _context(config: Any) -> int:
+def context_of(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20

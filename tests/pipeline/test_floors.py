@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),
-    **dict.fromkeys(("recipe", "chain", "voices", "jobs", "report", "trial", "standing", "starter"), 4),
+    **dict.fromkeys(("recipe", "chain", "voices", "live_judge", "jobs", "report", "trial", "standing", "starter"), 4),
     **dict.fromkeys(("doctor", "checks", "calibrate"), 4),
     "cli": 5,
 }

@@ -7,12 +7,17 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.support import Command, kill_group, wait_for
 from tests.vllm.conftest import alive, descendants
 
 
-def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(cai: Command, prompts: Path) -> None:
-    call = ("run", "--run", "r", "--model", "nano", "--prompts", prompts, "--set", "engine.backend=vllm", "--json")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(cai: Command, prompts: Path, copies: int) -> None:
+    keys = ("engine.backend=vllm", f"engine.data_parallel={copies}", "recipe.trainers=[]")
+    call = ("run", "--run", "r", "--model", "nano", "--prompts", prompts, "--json")
+    call += tuple(part for key in keys for part in ("--set", key))
     first = cai.start(*call)
     try:
         journal = cai.folder / "r" / "journal"

@@ -48,6 +48,22 @@ def test_a_stopped_training_goes_on_where_it_was(cai: Command, tmp_path: Path) -
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_kills_in_the_middle_of_a_checkpoint_change_nothing(cai: Command, tmp_path: Path) -> None:
+    call = ["train-sft", *options(tmp_path), "--set", "train_sft.epochs=1", "--set", "train_sft.save_every=1"]
+    assert cai(*call, "--out", "whole").returncode == 0
+    log = tmp_path / ".sft.training" / "metrics.jsonl"
+    for point in ("before:1:fsync .step-2/weights", "torn:1:write .step-2/.state", "before:1:replace .step-2/.state"):
+        where = f"{log.parent}/checkpoints/.step-00000002.tmp"
+        killed = cai(*call, "--out", "sft", fault=point.replace(".step-2", where))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert [line["step"] for line in metrics(log.parent)] == [1, 2]
+    done = cai(*call, "--out", "sft")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "sft") == metrics(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("sft", "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_a_dry_run_prints_steps_and_memory_and_writes_nothing(cai: Command, tmp_path: Path) -> None:
     done = cai("train-sft", *options(tmp_path), "--out", "sft", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
@@ -72,3 +88,40 @@ def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
     assert (no_data.returncode, "--data" in no_data.stderr) == (2, True)
     no_run = cai("train-dpo", "--model", "nano")
     assert (no_run.returncode, "no run here" in no_run.stderr) == (2, True)
+
+
+def ppo_options(folder: Path) -> list[str]:
+    (folder / "short.py").write_text("def score(conversations, texts):\n    return [-float(len(t)) for t in texts]\n")
+    rows = write_rows(folder / "rows.jsonl", 24)
+    keys = {"reward": "short.py:score", "max_tokens": 4, "batch_size": 8, "minibatch_size": 8}
+    keys |= {"value_start": "zero", "save_every": 1}
+    settings = [part for key, value in keys.items() for part in ("--set", f"train_ppo.{key}={value}")]
+    return ["train-ppo", "--model", "nano", "--data", str(rows), "--out", "ppo", *settings]
+
+
+def test_ppo_stopped_by_a_signal_goes_on_where_it_was(cai: Command, tmp_path: Path) -> None:
+    process = cai.start(*ppo_options(tmp_path), "--set", "train_ppo.epochs=300", "--set", "train_ppo.eval_every=1000")
+    log = tmp_path / ".ppo.training" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "the same command goes on" in err
+    steps = log.read_bytes().count(b"\n") - 1  # the first line is the evaluation before step 1
+    assert list((tmp_path / ".ppo.training" / "checkpoints").glob(f"step-{steps:08d}"))
+
+
+def test_ppo_learns_from_a_function_and_its_dry_run_writes_nothing(cai: Command, tmp_path: Path) -> None:
+    planned = cai(*ppo_options(tmp_path), "--dry-run", "--json")
+    assert json.loads(planned.stdout)["counts"]["steps"] == 3, planned.stderr
+    assert not (tmp_path / "ppo").exists()
+    done = cai(*ppo_options(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["train-ppo"]["train"]["rows"] == 24
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
+
+
+def test_ppo_without_a_reward_is_told_how_to_get_one(cai: Command, tmp_path: Path) -> None:
+    failed = cai(*ppo_options(tmp_path), "--set", "train_ppo.reward=model")
+    assert failed.returncode == 2
+    assert "use --reward-model MODEL" in failed.stderr

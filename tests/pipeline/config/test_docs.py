@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], set[str]]] = {
     "train_rm": (settings.TrainRmSettings, set()),
     "train_dpo": (settings.TrainDpoSettings, set()),
     "train_rrhf": (settings.TrainRrhfSettings, set()),
+    "train_ppo": (settings.TrainPpoSettings, set()),
     "run": (settings.RunSettings, set()),
 }
 

@@ -13,6 +13,8 @@ from pipeline.train.losses import (
     dpo_loss,
     ipo_loss,
     pairwise_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
     ranking_loss,
     rrhf_loss,
     sft_loss,
@@ -127,3 +129,25 @@ def test_rrhf_against_a_plain_loop(seed: int) -> None:
             if scores[i] < scores[j]:
                 loss = loss + max(0.0, (means[i] - means[j]).item())
     assert torch.allclose(rrhf_loss(means, means * lengths, scores, rrhf_weight=1.0), loss)
+
+
+def test_the_clipped_surrogate_by_hand() -> None:
+    """Ratios 1.5 and 0.5 with advantages of both signs: the clip holds back only what would go on too far."""
+    logps = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()
+    found = ppo_policy_loss(logps, torch.zeros(4), tensor(2, 2, -2, -2), cliprange=0.2)
+    assert close(found.losses, -2.4, -1.0, 3.0, 1.6)
+    assert found.is_clipped.tolist() == [True, False, False, True]
+
+
+def test_the_clipped_surrogate_starts_as_the_policy_gradient() -> None:
+    """At ratio 1 the gradient by the log-probability is minus the advantage."""
+    logps = tensor(-1, -2, -3).requires_grad_()
+    ppo_policy_loss(logps, logps.detach(), tensor(0.5, -1, 2), cliprange=0.2).losses.sum().backward()
+    assert close(logps.grad, -0.5, 1.0, -2.0)
+
+
+def test_the_clipped_value_loss_by_hand() -> None:
+    """Old value 1: a jump to 2 is clipped at 1.2, which counts where it is farther from the return."""
+    found = ppo_value_loss(tensor(2, 2, 1.1), tensor(1, 1, 1), tensor(3, 2, 2), cliprange_value=0.2)
+    assert close(found.losses, 0.5 * 1.8**2, 0.5 * 0.8**2, 0.5 * 0.9**2)
+    assert found.is_clipped.tolist() == [True, True, False]

@@ -18,6 +18,7 @@ from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job, write_row
 
 PARALLEL = ("ddp", "fsdp")
 KEYS = {"batch_size": 8, "epochs": 1, "microbatch_tokens": 60}  # 3 steps, of several microbatches each
+LORA = {"r": 4, "alpha": 8}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job(f"{parallel}/first-step", steps=1, parallel=parallel),
             job(f"{parallel}/one-row", batch_size=1, parallel=parallel),
             job(f"{parallel}/checkpointed", gradient_checkpointing=True, parallel=parallel),
+            job(f"{parallel}/adapters", "dpo", lora=LORA, parallel=parallel),
             job(f"{parallel}/whole", "dpo", **keys),
             *(job(f"{parallel}/stopped", "dpo", steps, **keys) for steps in (2, 2, None)),
             job(f"{parallel}/goes-on-alone", "dpo", 4, **keys),
@@ -118,6 +120,16 @@ def test_what_two_processes_began_one_finishes(parallel: str, folder: Path) -> N
     expected = folder / parallel / "whole"
     assert_alike(found, expected, relative=1e-5)
     assert (weights(found) - weights(expected)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_adapters_are_trained_and_merged_by_two_as_by_one(parallel: str, folder: Path, tmp_path: Path) -> None:
+    expected, found = alone(folder, tmp_path / "dpo", "dpo", lora=LORA), folder / parallel / "adapters"
+    assert_alike(found, expected, relative=1e-5)
+    assert (weights(found) - weights(expected)).abs().max() <= 1e-5
+    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] - theirs[name]).abs().max() <= 1e-5 for name in theirs)
 
 
 def test_a_model_that_was_divided_loads_as_any_other(folder: Path) -> None:

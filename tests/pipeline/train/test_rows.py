@@ -20,6 +20,7 @@ from pipeline.config.settings import ExportSettings, SplitSettings
 from pipeline.errors import CaiError, CorruptError, IncompleteError, UsageError
 from pipeline.stages.export import export_run
 from pipeline.store import RunFolder
+from pipeline.train.layouts import Example, read_example
 from pipeline.train.rows import Row, Source, Tally, parse_source, read
 from tests.support import play
 
@@ -84,6 +85,8 @@ SFT = [
     ({"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}, [user("Hi")], "Hello."),
     (ALPACA, [user("Sort.\n\nb a")], "a b"),
     ({**ALPACA, "input": ""}, [user("Sort.")], "a b"),
+    ({"input": "Hi", "output": "Hello."}, [user("Hi")], "Hello."),
+    ({"input": f"{TEXT}\n\nAssistant:", "output": " Good."}, TALK, "Good."),
     ({"instruction": "Sort.", "instances": [{"input": "b a", "output": "a b"}]}, [user("Sort.\n\nb a")], "a b"),
 ]
 PAIRS = [
@@ -474,3 +477,25 @@ def test_a_file_that_is_missing_cut_or_unknown_is_refused(tmp_path: Path) -> Non
     assert "a.parquet: not readable as Parquet" in refusal(UsageError, path)
     path.write_bytes(b"")
     assert "a.parquet: not readable as Parquet" in refusal(UsageError, path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "Hi"},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello."},
+        {"instruction": "Hi"},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away."},
+    ],
+)
+def test_a_prompt_is_what_stands_before_the_last_answer(fields: dict[str, Any]) -> None:
+    found = read_example(fields, "here", "prompts")
+    assert isinstance(found, Example)
+    assert (found.prompt, found.completions) == ([{"role": "user", "content": "Hi"}], ())
+
+
+def test_a_row_without_a_prompt_is_named_or_left_out() -> None:
+    with pytest.raises(UsageError, match=r'here: no "prompt"; columns found: \'answer\''):
+        read_example({"answer": "Hello."}, "here", "prompts")
+    assert read_example({"prompt": "  "}, "here", "prompts") == "no_prompt"

@@ -1,0 +1,223 @@
+"""PPO from AI feedback: Ouyang et al. 2022 (arXiv 2203.02155), on the algorithm of Schulman et al. 2017 (1707.06347).
+
+A prompt is answered once (or num_samples times), and the answer gets one score: a bandit. Every token is charged for
+its KL from the starting model. The details are those of Ziegler et al. 2019 (1909.08593) as Huang et al. list them.
+Plain policy gradient, RLOO and group-relative advantages run through the same loop. Left out: rewards within an answer,
+tools, several turns, and an asynchronous sampler.
+
+Step, seed and settings say which prompts a step takes, what is drawn and how minibatches are cut; so a checkpoint needs
+weights, optimisers, their average, the KL coefficient and the step, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import AutoConfig
+
+from pipeline.config.settings import TrainPpoSettings
+from pipeline.errors import IncompleteError, StoppedError, UsageError
+from pipeline.lm.load import ends, load, load_tokenizer
+from pipeline.lm.templates import Chat
+from pipeline.records import digest
+from pipeline.train import ranks, rows
+from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
+from pipeline.train.curves import draw_reward_kl
+from pipeline.train.loop import Outcome, Progress
+from pipeline.train.memory import measure
+from pipeline.train.networks import open_networks
+from pipeline.train.optimizer import learning_rate
+from pipeline.train.ppo_run import Clock, Run, Task, logged
+from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
+from pipeline.train.prompts import Prompts, read_prompts
+from pipeline.train.rewards import Source, open_function, open_reward_model
+from pipeline.train.stage import Job, Plan, Report, check_tokenizer, context_of, publish, published, work_folder
+
+
+def train_ppo(
+    job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None, judge: Source | None = None
+) -> Report:
+    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones."""
+    if ranks.size() > 1:
+        raise ranks.shared(UsageError("train-ppo runs as one process; start it without torchrun"))
+    if settings.lora or job.trackers:
+        unread = "train_ppo.lora" if settings.lora else "run.trackers"
+        raise UsageError(f"{unread}: PPO does not have this yet; leave it out")
+    loaded = load(job.start, dtype="float32", device=job.device)
+    policy, fingerprint = loaded.model, loaded.fingerprint
+    check_tokenizer(loaded.tokenizer, policy.get_input_embeddings().num_embeddings, job.start)
+    chat = Chat(loaded.tokenizer, eos=ends(policy.config.get_text_config(), policy.generation_config))
+    context = context_of(policy.config)
+    prompts, tallies = _read_prompts(job, settings, chat, context)
+    ptx = _read_ptx(job, settings, chat, context, tallies)
+    counts = {name: dict(each.counts) for name, each in prompts.items()}
+    source = judge or _open_reward(settings, reward_model, job, fingerprint["tokenizer"])
+    data = {name: each.data for name, each in prompts.items()} | ({"ptx": ptx} if ptx else {})
+    identity = digest(
+        ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, fingerprint, source.fingerprint]
+        + [[each.digest, each.ids] for each in data.values()]
+    )
+    if found := published(job.out, identity):
+        return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
+    folder = work_folder(job.out, identity, job.say)
+    networks = open_networks(policy, job.start, source.model, settings, device=job.device)
+    task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
+    outcome = optimise(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
+    description = {
+        "trainer": "ppo",
+        "identity": identity,
+        "start": {"name": job.start, **fingerprint},
+        "reward": {"name": reward_model or settings.reward, **source.fingerprint},
+        "data": {name: {"sha256": each.digest, "rows": len(each)} for name, each in data.items()},
+        "sources": [str(tally) for tally in tallies],
+        "made_from": job.made_from,
+        "settings": settings.model_dump(mode="json"),
+        "seed": job.seed,
+        "step": outcome.step,
+        "metrics": outcome.metrics,
+    }
+    extras = ["samples.jsonl"]
+    if draw_reward_kl(folder / "metrics.jsonl", folder / "reward_kl.png", kl_budget=settings.kl_budget):
+        extras.append("reward_kl.png")
+    publish(policy, None, loaded.tokenizer, job, folder, description, extras=extras)
+    return Report(job.out, outcome, counts, is_new=True)
+
+
+def optimise(
+    task: Task,
+    *,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    warn: Callable[[str], None] = lambda message: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Trains the networks in place, from the newest checkpoint in `folder/checkpoints` if there is one.
+
+    Writes `metrics.jsonl` and `samples.jsonl`. The policy is then that of the best evaluation within the KL budget.
+    Raises DivergedError (7) at the step whose loss, gradient or score is not finite, StoppedError (75) when asked to.
+    """
+    settings, run = task.settings, Run(task)
+    run.resume(warn)
+    if run.step == 0:
+        run.metrics.append([{"step": 0, **run.evaluate()}])
+    while run.step < run.total and not run.has_stalled():
+        clock = Clock()
+        batch = batch_at(run.step, num_rows=len(task.prompts), batch_size=settings.batch_size, seed=task.seed)
+        rollouts = run.roll_out(task.prompts, batch, step=run.step)
+        clock.lap("rollout")
+
+        scores = shaped_scores(task.score(rollouts), rollouts.has_ended, settings)
+        check_finite(run.where, {"score": float(scores.sum())})
+        targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
+        objective = objective_metrics(
+            rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
+        )
+        clock.lap("score")
+
+        rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
+        learned = update(
+            task.networks,
+            run.learners,
+            rollouts,
+            targets,
+            ptx=task.ptx,
+            step=run.step,
+            seed=task.seed,
+            rate=rate,
+            where=run.where,
+        )
+        run.average_weights()
+        clock.lap("update")
+
+        run.step += 1
+        run.num_episodes += len(rollouts.texts)
+        line = {
+            "step": run.step,
+            "epoch": round(run.step / run.per_epoch, 4),
+            "episodes": run.num_episodes,
+            "lr": rate * settings.learning_rate,
+            **learned,
+            **objective,
+            "objective/kl_coef": run.kl_coef,
+        }
+        run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
+        if run.is_due(settings.eval_every):
+            line |= run.evaluate()
+            clock.lap("eval")
+        run.metrics.append([line | clock.seconds])
+        run.samples.append(logged(run.step, rollouts, scores, settings.num_logged))
+        tokens = run.count_tokens(rollouts)
+        watch(Progress(run.step, run.total, tokens, line))
+        stops = any(ranks.gather(should_stop()))
+        if stops or run.is_due(settings.save_every):
+            run.save()
+        if stops and run.step < run.total:
+            at = f"{task.folder}: stopped after step {run.step} of {run.total}"
+            raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
+    return run.finish(warn)
+
+
+def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:
+    """Reads and tokenises, and loads no weights. Reward model and value model count as if of the start's size."""
+    chat, context = Chat(load_tokenizer(job.start)), context_of(AutoConfig.from_pretrained(job.start))
+    prompts, _ = _read_prompts(job, settings, chat, context)
+    train, longest = prompts["train"].data, Data()
+    for row in range(len(train)):
+        example = rows.Row(train.ids[row], [], (), 1.0, (), "policy")
+        longest.add(example, train.group(row).prompt.tolist(), [[0] * settings.max_tokens] * settings.num_samples)
+    one = measure(job.start, longest, settings, job.device, "language")
+    trained = 2 if settings.advantages == "gae" and settings.value == "separate" else 1
+    frozen = 2 if settings.reward in ("model", "policy") else 1
+    memory = one._replace(
+        weights=one.weights * (trained + frozen),
+        gradients=one.gradients * trained,
+        optimizer=one.optimizer * trained,
+        activations=one.activations * trained,
+    )
+    steps = steps_per_epoch(len(train), settings.batch_size) * settings.epochs
+    lacks = f"does not fit into {memory.room / 2**20:,.0f} MiB; lower microbatch_tokens, or take value: joint"
+    counts = {name: dict(each.counts) for name, each in prompts.items()}
+    return Plan(counts, steps, memory, "" if memory.fits else lacks)
+
+
+def _read_prompts(
+    job: Job, settings: TrainPpoSettings, chat: Chat, context: int
+) -> tuple[dict[str, Prompts], list[rows.Tally]]:
+    """Of both splits, each short enough for a completion. Raises IncompleteError (3) if none is."""
+    tallies: list[rows.Tally] = []
+    room = min(settings.max_length or context, context) - settings.max_tokens
+    found: dict[str, Prompts] = {}
+    for split in rows.SPLITS:
+        found[split] = read_prompts(
+            job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
+        )
+        if lost := found[split].data.left_out["too_long"]:
+            job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
+    if not len(found["train"]):
+        raise IncompleteError(f"all prompts are longer than {room} tokens; set max_tokens, or too_long: cut")
+    return found, tallies
+
+
+def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, tallies: list[rows.Tally]) -> Data | None:
+    """What keeps the policy's language up; the job's own sources if none is named."""
+    if not settings.ptx_coef:
+        return None
+    sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
+    found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
+    return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+
+
+def _open_reward(settings: TrainPpoSettings, name: str | None, job: Job, tokenizer: str) -> Source:
+    if settings.reward in ("judge", "graded"):
+        raise UsageError(f"train_ppo.reward: {settings.reward}: no judge here")
+    if settings.reward not in ("model", "policy"):
+        return open_function(settings.reward)
+    if name is None:
+        raise UsageError(f"train_ppo.reward: {settings.reward}: no model that scores; use --reward-model MODEL")
+    return open_reward_model(
+        name,
+        "reward" if settings.reward == "model" else "policy",
+        tokenizer=tokenizer,
+        reencode=settings.reencode,
+        max_tokens=settings.microbatch_tokens,
+        device=job.device,
+    )

@@ -1,0 +1,201 @@
+"""The state of a PPO training: networks, optimisers, their average, KL coefficient, best evaluation; and its files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config.settings import TrainPpoSettings
+from pipeline.lm.templates import Chat
+from pipeline.records import Line
+from pipeline.train import checkpoints, ranks
+from pipeline.train.advantages import adapted_kl_coef
+from pipeline.train.batches import Data, steps_per_epoch
+from pipeline.train.best import Best
+from pipeline.train.lines import LineFile
+from pipeline.train.loop import KEPT, Outcome
+from pipeline.train.networks import Networks
+from pipeline.train.optimizer import load_state, state_tensors
+from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
+from pipeline.train.prompts import Prompts
+from pipeline.train.rewards import Score
+from pipeline.train.rollouts import Rollouts, roll_out
+
+EVAL = -1
+"""Stands for the step in the seeds of validation completions: the same draws at every evaluation."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work."""
+
+    networks: Networks
+    chat: Chat
+    prompts: Prompts
+    validation: Prompts
+    ptx: Data | None
+    score: Score
+    settings: TrainPpoSettings
+    folder: Path
+    seed: int
+
+
+class Run:
+    """The state of one training."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.settings = task, task.settings
+        self.per_epoch = steps_per_epoch(len(task.prompts), self.settings.batch_size)
+        self.total = self.per_epoch * self.settings.epochs
+        self.learners: dict[str, Learner] = make_learners(task.networks)
+        policy = self.learners["policy"].parameters
+        self.average = {name: p.detach().clone() for name, p in policy.items()} if self.settings.ema_decay else {}
+        self.kl_coef = self.settings.kl_coef
+        self.best = Best(self.settings.select)
+        self.step = self.num_episodes = self.num_tokens = 0
+        self.metrics, self.samples = (LineFile(task.folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+
+    @property
+    def where(self) -> str:
+        return f"{self.task.folder}: step {self.step + 1}"
+
+    def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
+        seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
+        return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
+
+    def count_tokens(self, rollouts: Rollouts) -> int:
+        self.num_tokens += sum(map(rollouts.data.num_tokens, range(len(rollouts.data))))
+        return self.num_tokens
+
+    @torch.no_grad()
+    def average_weights(self) -> None:
+        """Exponential moving average of the policy, one step of it for each step of PPO."""
+        for name, average in self.average.items():
+            average.lerp_(self.learners["policy"].parameters[name], 1 - (self.settings.ema_decay or 0.0))
+
+    def adapt_kl_coef(self, kl: float, num_episodes: int) -> None:
+        if (target := self.settings.kl_target) is not None:
+            horizon = self.settings.kl_horizon
+            self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, num_episodes=num_episodes)
+
+    def evaluate(self) -> Line:
+        """Validation prompts, one completion each; keeps the weights if they are the best within the KL budget."""
+        prompts, budget = self.task.validation, self.settings.kl_budget
+        if not len(prompts):
+            return {}
+        own = self._swap(self.average)
+        rollouts = self.roll_out(prompts, list(range(len(prompts))), step=EVAL)
+        scores = shaped_scores(self.task.score(rollouts), rollouts.has_ended, self.settings)
+        found = {
+            "eval/scores": scores.mean().item(),
+            "eval/kl": rollouts.kl.mean().item(),
+            "eval/length": rollouts.completion_mask.sum(dim=1).float().mean().item(),
+            "eval/ended": rollouts.has_ended.float().mean().item(),
+        }
+        if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
+            weights = self.learners["policy"].parameters
+            ranks.first(lambda: checkpoints.save(self.task.folder / "best", {"step": self.step}, {"policy": weights}))
+        self._swap(own)
+        return found
+
+    @torch.no_grad()
+    def _swap(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Puts these weights into the policy; returns what they replace."""
+        parameters = self.learners["policy"].parameters
+        own = {name: parameters[name].detach().clone() for name in weights}
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+        return own
+
+    def has_stalled(self) -> bool:
+        return self.settings.patience is not None and self.best.stale >= self.settings.patience
+
+    def is_due(self, every: int | None) -> bool:
+        """At the end of training, and every so many steps; once an epoch if not said."""
+        return self.step == self.total or self.step % (every or self.per_epoch) == 0
+
+    # Files
+
+    def save(self) -> None:
+        state = {name: getattr(self, name) for name in ("step", "num_episodes", "num_tokens", "kl_coef")}
+        state |= {"best": self.best.state, "bytes": [self.metrics.size(), self.samples.size()]}
+        tensors = {"average": self.average} if self.average else {}
+        for name, learner in self.learners.items():
+            tensors[name] = learner.parameters
+            tensors[f"{name}-optimizer"] = state_tensors(learner.optimizer, learner.parameters)
+        folder = self.task.folder / "checkpoints"
+        ranks.first(lambda: checkpoints.save(folder / f"step-{self.step:08d}", state, tensors))
+        ranks.first(lambda: checkpoints.prune(folder, keep=KEPT))
+
+    def resume(self, warn: Callable[[str], None]) -> None:
+        """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
+        newest, sizes = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), [0, 0]
+        if newest:
+            state, tensors = checkpoints.require(newest, training=self.task.folder)
+            sizes, self.best.state = state.pop("bytes"), state.pop("best")
+            for name, value in state.items():
+                setattr(self, name, value)
+            for name, learner in self.learners.items():
+                _copy(learner.parameters, tensors(name))
+                load_state(learner.optimizer, learner.parameters, tensors(f"{name}-optimizer"))
+            if self.average:
+                _copy(self.average, tensors("average"))
+        for file, size in zip((self.metrics, self.samples), sizes, strict=True):
+            file.cut(size)
+
+    def finish(self, warn: Callable[[str], None]) -> Outcome:
+        """Leaves the best weights in the policy; without evaluations the last ones, or their average."""
+        if not len(self.task.validation):
+            self._swap(self.average)
+            return Outcome(self.step, {})
+        if not self.best.step:
+            warn(f"no evaluation within kl_budget {self.settings.kl_budget}: the folder holds the starting model")
+            _copy(dict(self.task.networks.policy.named_parameters()), self.task.networks.reference.state_dict())
+            return Outcome(0, {})
+        _, tensors = checkpoints.require(self.task.folder / "best", training=self.task.folder, step=self.best.step)
+        _copy(self.learners["policy"].parameters, tensors("policy"))
+        return Outcome(self.best.step, self.best.metrics)
+
+
+@torch.no_grad()
+def _copy(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def logged(step: int, rollouts: Rollouts, scores: Tensor, number: int) -> list[Line]:
+    """The first completions of a step, for samples.jsonl."""
+    owners = [row for row in range(len(rollouts.data)) for _ in rollouts.data.completions(row)]
+    values = zip(owners, rollouts.texts, scores.tolist(), rollouts.kl.tolist(), strict=True)
+    return [
+        {
+            "step": step,
+            "id": rollouts.data.ids[row],
+            "prompt": rollouts.conversations[row],
+            "completion": text,
+            "score": round(score, 4),
+            "kl": round(kl, 4),
+        }
+        for row, text, score, kl in list(values)[:number]
+    ]
+
+
+class Clock:
+    """seconds: of the parts of a step, by name."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.parts[f"seconds/{name}"], self.last = round(now - self.last, 3), now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {**self.parts, "seconds": round(time.perf_counter() - self.began, 3)}

@@ -1,0 +1,100 @@
+"""What gives a rollout its score: a reward model, a policy as RRHF ranks, a Python function, or a callable from above.
+
+`Score` is all that PPO knows of them. A judge comes in as a callable, since training opens no engine.
+"""
+
+from __future__ import annotations
+
+import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.dataset_folder import file_sha256
+from pipeline.errors import UsageError
+from pipeline.lm.templates import Chat
+from pipeline.train.batches import Data, tokenise
+from pipeline.train.rollouts import Rollouts
+from pipeline.train.rows import Row
+from pipeline.train.scorers import ScorerKind, open_scorer
+
+Score = Callable[[Rollouts], Tensor]
+"""(B,) a score for every completion, higher is better."""
+Function = Callable[[list[Any], list[str]], list[float]]
+
+
+class Source(NamedTuple):
+    """fingerprint: identity, for card and resuming. model: a reward model that a value function may begin as."""
+
+    score: Score
+    fingerprint: dict[str, str]
+    model: Any | None = None
+
+
+def open_reward_model(
+    name: str, kind: ScorerKind, *, tokenizer: str, reencode: bool, max_tokens: int, device: str
+) -> Source:
+    """A reward model, or a policy whose mean log-probability is the score, as `cai score` has them.
+
+    tokenizer: digest of the policy's. reencode: have a model with another one read the text again; else it is refused
+    (UsageError). max_tokens: that go through the model at a time.
+    """
+    scorer = open_scorer(name, kind, device=device)
+    is_other = scorer.fingerprint["tokenizer"] != tokenizer
+    if is_other and not reencode:
+        raise UsageError(
+            f"model {name}: its tokenizer or chat template is not the policy's; train it from the same model, "
+            "or set train_ppo.reencode: true to have it read the text"
+        )
+
+    def score(rollouts: Rollouts) -> Tensor:
+        data = reencoded(rollouts, scorer.chat) if is_other else rollouts.data
+        return scorer(data, max_tokens=max_tokens).to(rollouts.logps.device)
+
+    return Source(score, scorer.fingerprint, scorer.model if kind == "reward" and not is_other else None)
+
+
+def reencoded(rollouts: Rollouts, chat: Chat) -> Data:
+    """The same conversations in another model's tokens."""
+    prompts = zip(rollouts.conversations, rollouts.data.ids, strict=True)
+    texts = [[rollouts.texts[n] for n in rollouts.data.completions(row)] for row in range(len(rollouts.data))]
+    rows = [Row(id, prompt, tuple(own), 1.0, (), "policy") for (prompt, id), own in zip(prompts, texts, strict=True)]
+    return tokenise(rows, chat, max_length=1 << 30, too_long="drop")
+
+
+def open_function(path: str) -> Source:
+    """`FILE.py:FUNCTION`, a function of conversations and completions that gives as many numbers. Raises UsageError."""
+    file, _, name = path.rpartition(":")
+    if not Path(file).is_file():
+        raise UsageError(f"train_ppo.reward: {file}: no such file; give FILE.py:FUNCTION")
+    try:
+        function = runpy.run_path(file)[name]
+    except Exception as error:
+        raise UsageError(f"train_ppo.reward: {path}: cannot be had: {type(error).__name__}: {error}") from error
+    return Source(FunctionScore(path, function), {"function": f"{name} {file_sha256(Path(file))}"})
+
+
+class FunctionScore:
+    """Calls a user's function and checks what it gives. path: for messages."""
+
+    def __init__(self, path: str, function: Function) -> None:
+        self.path, self.function = path, function
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        data = rollouts.data
+        owners = [row for row in range(len(data)) for _ in data.completions(row)]
+        try:
+            found = self.function([rollouts.conversations[row] for row in owners], list(rollouts.texts))
+            scores = [float(score) for score in found]
+        except Exception as error:
+            raise UsageError(f"{self.path}: raised {type(error).__name__}: {error}") from error
+        if len(scores) != len(owners):
+            raise UsageError(f"{self.path}: gave {len(scores)} scores for {len(owners)} completions")
+        for score, row in zip(scores, owners, strict=True):
+            if not math.isfinite(score):
+                raise UsageError(f"{self.path}: gave {score} for a completion of prompt {data.ids[row]}; no number")
+        return torch.tensor(scores, device=rollouts.logps.device)

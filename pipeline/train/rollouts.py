@@ -1,0 +1,145 @@
+"""Rollouts: completions that the policy draws, with what the networks say of each of their tokens.
+
+Drawn by `lm.decode`, which retires finished rows and keeps the drawn token's log-probability alone. A decoder lives for
+one batch, so that no cached prefix outlives the weights it was computed with. What a completion draws depends on its
+seed alone, and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities
+that training compares with are computed again, in the pass that training itself uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.lm import decode
+from pipeline.lm.templates import Chat
+from pipeline.records import Message
+from pipeline.train.batches import Data, microbatches
+from pipeline.train.loop import autocast
+from pipeline.train.networks import Networks
+from pipeline.train.prompts import Prompts
+from pipeline.train.rows import Row
+
+MAX_ROWS = 128
+"""Completions that are drawn at a time."""
+
+
+class Rollouts(NamedTuple):
+    """R prompts with num_samples completions each, B in all, of up to T tokens.
+
+    data: their tokens, a row for each prompt. conversations: (R,). texts: (B,), a prompt's one after the other.
+    has_ended: (B,) by itself, within max_tokens. completion_mask: (B, T).
+    sampler_logps, logps, ref_logps: (B, T) as drawn, under the policy again, under the starting model; values: (B, T),
+    0 without a value function. All 0 where the mask is False.
+    """
+
+    data: Data
+    conversations: list[list[Message]]
+    texts: list[str]
+    has_ended: Tensor
+    completion_mask: Tensor
+    sampler_logps: Tensor
+    logps: Tensor
+    ref_logps: Tensor
+    values: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """(B,) log-ratio of each whole completion: a sample of its KL from the start, in nats."""
+        return (self.logps - self.ref_logps).sum(dim=1)
+
+
+def roll_out(
+    networks: Networks, chat: Chat, prompts: Prompts, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
+) -> Rollouts:
+    """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn."""
+    drawn = sample(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
+    data, texts = Data(), [chat.text(one.completion) for one in drawn]
+    for place, row in enumerate(rows):
+        own = slice(place * num_samples, (place + 1) * num_samples)
+        prompt = prompts.conversations[row]
+        example = Row(prompts.data.ids[row], prompt, tuple(texts[own]), 1.0, (), "policy")
+        data.add(example, prompts.data.group(row).prompt.tolist(), [one.completion for one in drawn[own]])
+    device = networks.policy.device
+    lengths = torch.tensor([len(one.completion) for one in drawn])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    sampler_logps = torch.zeros(mask.shape, device=device)
+    sampler_logps[mask] = torch.tensor([logp for one in drawn for logp in one.logps], device=device)
+    return Rollouts(
+        data,
+        [prompts.conversations[row] for row in rows],
+        texts,
+        torch.tensor([one.finish_reason == "stop" for one in drawn], device=device),
+        mask,
+        sampler_logps,
+        *_read(networks, data, mask),
+    )
+
+
+def sample(
+    networks: Networks, chat: Chat, data: Data, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
+) -> list[decode.Row]:
+    """The completions, num_samples for each row, in order."""
+    settings = networks.settings
+    waiting = [
+        decode.Row(
+            data.group(row).prompt.tolist(),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=draw_seed(*seed, place, number),
+            eos=chat.eos,
+        )
+        for place, row in enumerate(rows)
+        for number in range(num_samples)
+    ]
+    packed, was_training = networks.policy.config._attn_implementation, networks.policy.training
+    networks.policy.set_attn_implementation(networks.attention)
+    try:
+        with autocast(networks.policy, settings):
+            for _ in decode.decode(decode.Decoder(networks.policy, max_rows=MAX_ROWS), waiting):
+                pass
+    finally:
+        networks.policy.set_attn_implementation(packed)
+        networks.policy.train(was_training)
+    return waiting
+
+
+def draw_seed(*numbers: int) -> int:
+    """In [0, 2**64), another one for any other numbers."""
+    text = "/".join(map(str, numbers))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@torch.no_grad()
+def _read(networks: Networks, data: Data, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) each: logps, ref_logps, values."""
+    logps, ref_logps, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    for rows in microbatches(data, range(len(data)), max_tokens=networks.settings.microbatch_tokens):
+        groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
+        found = networks.predict(groups)
+        put(logps, numbers, mask, found.logps)
+        put(ref_logps, numbers, mask, networks.reference_logps(groups))
+        if found.values is not None:
+            put(values, numbers, mask, found.values)
+    return logps, ref_logps, values
+
+
+def completions_of(data: Data, rows: Sequence[int]) -> list[int]:
+    """Numbers of the rows' completions, in the order in which a pass over them gives their tokens."""
+    return [number for row in rows for number in data.completions(row)]
+
+
+def put(padded: Tensor, numbers: list[int], mask: Tensor, tokens: Tensor) -> None:
+    """Writes the tokens of these completions, (M,), into their rows of padded, (B, T)."""
+    own = torch.zeros_like(padded[numbers])
+    own[mask[numbers]] = tokens
+    padded[numbers] = own
+
+
+def take(padded: Tensor, numbers: list[int], mask: Tensor) -> Tensor:
+    """(M,) what `put` wrote."""
+    return padded[numbers][mask[numbers]]
