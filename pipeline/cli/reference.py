@@ -26,6 +26,7 @@ do.
 | 4 | a file does not hold what was written |
 | 5 | out of disk or memory |
 | 6 | another process works on the run |
+| 7 | a training diverged: a loss or gradient is no finite number |
 | 75 | stopped early; the same command goes on |
 | 130 | a second Ctrl-C |
 """

@@ -75,7 +75,7 @@ def load(
     attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     options = {"dtype": kind, "use_safetensors": True, "attn_implementation": attention}
     if quantize:
-        options |= _quantization(base != model, where)
+        options |= _quantization(base != model, where, kind)
     if head == "score":
         loaded = _open_reward_model(base, revision, **options)
     else:
@@ -83,7 +83,7 @@ def load(
     if base != model:
         loaded = merge(loaded, Path(model))
     try:
-        loaded = (loaded if quantize else loaded.to(where)).eval()  # quantised weights lie there already
+        loaded = (_without_inference_kernels(loaded) if quantize else loaded.to(where)).eval()
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"{model}: does not fit into the memory of {where}; use engine.device: cpu") from error
     identity = {
@@ -161,20 +161,27 @@ def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
         raise EngineRefused(_refusal(model, revision, error)) from error
 
 
-def _quantization(is_adapter: bool, where: torch.device) -> dict[str, Any]:
-    """NF4 with nested scales (Dettmers et al. 2023, section 3), for bitsandbytes."""
+def _quantization(is_adapter: bool, where: torch.device, kind: torch.dtype) -> dict[str, Any]:
+    """NF4 with nested scales (Dettmers et al. 2023, section 3), for bitsandbytes. kind: of the arithmetic."""
     if is_adapter:
         raise EngineRefused("quantize: 4bit cannot start from an adapter; start from the merged model beside it")
     if not is_bitsandbytes_available():
         raise EngineRefused("quantize: 4bit needs bitsandbytes: pip install 'constitutional-pipeline[qlora]'")
-    kind = torch.bfloat16
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=kind,
     )
-    return {"quantization_config": config, "device_map": {"": where}, "dtype": kind}
+    return {"quantization_config": config, "device_map": {"": where}}
+
+
+def _without_inference_kernels(model: Any) -> Any:
+    """Those of bitsandbytes for a CPU have no gradient, and are chosen by mode, which is evaluation in training too."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _open_reward_model(model: str, revision: str | None, **options: Any) -> Any:

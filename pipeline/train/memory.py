@@ -125,8 +125,10 @@ def _sizes(model: Any, start: str, settings: TrainSettings, kind: str) -> dict[T
     """Bytes of each number of a parameter."""
     lora = settings.lora
     frozen: float = 4
-    if lora and (lora.quantize or (kind == "cuda" and settings.precision != "float32")):
-        frozen = torch.bfloat16.itemsize if lora.quantize else stored_dtype(start).itemsize
+    if lora and lora.quantize:
+        frozen = compute_dtype(settings, kind).itemsize
+    elif lora and kind == "cuda" and settings.precision != "float32":
+        frozen = stored_dtype(start).itemsize
     sizes = {parameter: 4 if parameter.requires_grad else frozen for parameter in model.parameters()}
     if lora and lora.quantize:
         sizes |= {weight: _NF4_BYTES for weight in _linear_weights(model.base_model) if not weight.requires_grad}

@@ -160,10 +160,14 @@ def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Lo
     lora = settings.lora
     if divides and lora and lora.quantize:
         raise UsageError("parallel: fsdp cannot divide weights of 4 bits; use parallel: ddp, or no lora.quantize")
-    is_frozen = lora and not divides and settings.precision != "float32"
+    dtype = "float32"
+    if lora and not divides and settings.precision != "float32":
+        dtype = "auto"
+    if lora and lora.quantize:
+        dtype = str(compute_dtype(settings, pick_device(job.device).type)).removeprefix("torch.")
     return load(
         job.start,
-        dtype="auto" if is_frozen else "float32",
+        dtype=dtype,
         device="cpu" if divides else job.device,
         head=head,
         quantize=lora.quantize if lora else None,

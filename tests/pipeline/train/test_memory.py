@@ -21,13 +21,14 @@ from tests.pipeline.train.tiny_jobs import write_rows
 
 MIB = 1 << 20
 PEAK = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from tests.pipeline.train.tiny_jobs import run_job
 import peft, transformers.models.llama.modeling_llama
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # getrusage's would begin with the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 before = peak()
 trainer, data, start, out, keys = json.loads(sys.argv[1])
@@ -88,7 +89,7 @@ def test_the_estimate_is_near_what_a_training_takes(
     done = subprocess.run([sys.executable, "-c", PEAK, call], capture_output=True, text=True, check=True)
     measured = int(done.stdout.splitlines()[-1])
     print(f"{trainer} {keys}: estimate {expected / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
-    assert 0.75 * measured <= expected <= 1.25 * measured + 50 * MIB
+    assert 0.75 * measured <= expected <= 1.25 * measured
 
 
 def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(data: Path, start: Path) -> None:
@@ -102,7 +103,7 @@ def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(dat
     assert lora.weights == 4 * (numbers + trained)
     four = estimate("sft", data, start, {"lora": {"r": 8, "quantize": "4bit"}})
     layers = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1360)
-    assert four.weights == pytest.approx(4 * trained + 2 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
+    assert four.weights == pytest.approx(4 * trained + 4 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
 
 
 def test_the_advice_names_settings_that_fit_with_what_they_need(data: Path, start: Path) -> None:

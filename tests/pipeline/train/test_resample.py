@@ -228,7 +228,6 @@ def test_fresh_answers_change_what_is_learned(start: Path, data: Path, reward_mo
 
 def test_an_adapter_samples_its_own_answers(start: Path, data: Path, reward_model: Scorer, tmp_path: Path) -> None:
     """With LoRA the policy is the frozen start and its adapter, in decoding, too."""
-    pytest.importorskip("peft")
     keys = {**KEYS, "learning_rate": 1e-2, "lora": {"r": 4}}
     run_job("rrhf", data, start, tmp_path / "rrhf", keys=keys, score=reward_model)
     assert all(line["ranking/candidates"] > 2.5 for line in metrics(tmp_path / "rrhf"))
