@@ -81,7 +81,7 @@ def rates(folder: str) -> dict[str, float]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps([rates(folder) for folder in job["models"]]))
+    print(json.dumps({Path(folder).name: rates(folder) for folder in job["models"]}))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import training_jobs
 from measured import write
 
@@ -51,7 +52,10 @@ class Cell(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One run. rate: pairs a second. peak: resident memory at most, in MiB. first_loss: of its first step."""
+    """One run. rate: pairs a second. cpu: seconds of all cores together, which other work hardly changes.
+
+    peak: resident memory at most, in MiB. first_loss: of its first step.
+    """
 
     model: str
     data: str
@@ -62,6 +66,7 @@ class Measured(NamedTuple):
     pairs: int
     seconds: float
     rate: float
+    cpu: float
     peak: float
     first_loss: float
 
@@ -72,10 +77,17 @@ class Measured(NamedTuple):
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Writes models and rows. Returns what they are."""
-    options.work.mkdir(parents=True, exist_ok=True)
     texts = itertools.chain.from_iterable(training_jobs.real_texts(options.hh_rlhf))
     tokenizer = training_jobs.train_tokenizer(texts)
-    about: dict[str, Any] = {"parameters": {}, "mean_tokens": {}}
+    options.work.mkdir(parents=True, exist_ok=True)
+    ask = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {PACKAGES}}}))"
+    about: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "threads": torch.get_num_threads(),
+        "versions": json.loads(subprocess.check_output([options.trl_python, "-c", ask], text=True)),
+        "parameters": {},
+        "mean_tokens": {},
+    }
     for model in options.models:
         about["parameters"][model] = training_jobs.build(options.work / model, model, tokenizer)
         pairs = options.pairs[model]
@@ -114,7 +126,8 @@ def measure(options: argparse.Namespace, cell: Cell, round_: int, arm: str) -> M
         command = [options.trl_python, HERE / "peers/trl_trainer.py"]
     found = run(options, command, job)
     pairs, seconds = options.pairs[cell.model], found["seconds"]
-    made = Measured(*cell, round_, arm, pairs, seconds, pairs / seconds, found["peak"] / 1024, found["losses"][0])
+    peak, first_loss = found["peak"] / 1024, found["losses"][0]
+    made = Measured(*cell, round_, arm, pairs, seconds, pairs / seconds, found["cpu"], peak, first_loss)
     print(*(f"{each:.4g}" if isinstance(each, float) else each for each in made), flush=True)
     return made
 
@@ -129,17 +142,11 @@ def run(options: argparse.Namespace, command: Sequence[Any], job: dict[str, Any]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_all(options: argparse.Namespace) -> Iterator[Measured]:
-    for cell in map(Cell._make, itertools.product(options.models, options.data, options.trainers, options.precisions)):
-        for round_, arm in itertools.product(range(1, options.rounds + 1), ARMS[cell.trainer]):
-            yield measure(options, cell, round_, arm)
-
-
 def table(runs: Sequence[Measured]) -> str:
     """Markdown: medians, and ours / TRL's of the same rounds; of DPO's two ways the one with the better median."""
     lines = [
-        "| model | data | trainer | arithmetic | ours, pairs/s | TRL | pairs/s | ours ÷ TRL | bar | MiB | TRL's MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | pairs | trainer | arithmetic | pairs/s | TRL | pairs/s | ours ÷ TRL | bar | CPU time | MiB | TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in dict.fromkeys(each.cell for each in runs):
         arms: dict[str, list[Measured]] = {}
@@ -148,14 +155,23 @@ def table(runs: Sequence[Measured]) -> str:
                 arms.setdefault(each.arm, []).append(each)
         ours = arms.pop("ours")
         best = max((arm for arm in arms if arm != SHOWN), key=lambda arm: median(arms[arm], "rate"))
-        for arm in dict.fromkeys([best, *(arm for arm in arms if arm == SHOWN)]):
-            ratios = [own.rate / their.rate for own, their in zip(ours, arms[arm], strict=True)]
-            ratio = f"{statistics.median(ratios):.2f} ({', '.join(f'{each:.2f}' for each in ratios)})"
-            bar = "" if arm == SHOWN else f"≥ {BARS[cell.trainer][cell.data]}"
-            rates = [f"{median(each, 'rate'):.2f}" for each in (ours, arms[arm])]
-            peaks = [f"{median(each, 'peak'):.0f}" for each in (ours, arms[arm])]
-            lines.append("| " + " | ".join([*cell, rates[0], arm, rates[1], ratio, bar, *peaks]) + " |")
+        lines.append(row(cell, best, ours, arms[best], f"≥ {BARS[cell.trainer][cell.data]}"))
+        lines += [row(cell, SHOWN, ours, arms[SHOWN], "")] if SHOWN in arms else []
     return "\n".join(lines)
+
+
+def row(cell: Cell, arm: str, ours: Sequence[Measured], theirs: Sequence[Measured], bar: str) -> str:
+    ratios, by_cpu = compare(ours, theirs)
+    rates = [f"{median(each, 'rate'):.2f}" for each in (ours, theirs)]
+    peaks = [f"{median(each, 'peak'):.0f}" for each in (ours, theirs)]
+    ratio = f"{statistics.median(ratios):.2f} ({', '.join(f'{each:.2f}' for each in ratios)})"
+    return "| " + " | ".join([*cell, rates[0], arm, rates[1], ratio, bar, f"{by_cpu:.2f}", *peaks]) + " |"
+
+
+def compare(ours: Sequence[Measured], theirs: Sequence[Measured]) -> tuple[list[float], float]:
+    """Ours / theirs: pairs a second in each round, and pairs a CPU second as a median."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return [own.rate / their.rate for own, their in pairs], statistics.median(b.cpu / a.cpu for a, b in pairs)
 
 
 def median(runs: Sequence[Measured], what: str) -> float:
@@ -181,35 +197,40 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, nargs=2, default=[64, 16], help="of a run of the 5M and of the 30M model")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="models and rows")
-    parser.add_argument("--out", type=Path, help="a file's name without its ending, for CSV and JSON; cells add up")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a file's name without its ending, for CSV and JSON; several calls add up",
+    )
     options = parser.parse_args()
     options.pairs = dict(zip(training_jobs.SHAPES, options.pairs, strict=True))
     return options
 
 
-def kept(path: Path | None) -> dict[str, Any]:
-    """What was measured into this file before."""
+def kept(path: Path | None) -> tuple[list[Measured], dict[str, Any]]:
+    """Runs and the backbone's rates that were measured into this file before."""
     file = path and path.with_suffix(".json")
-    found = json.loads(file.read_text()) if file and file.exists() else {"runs": [], "backbone": {}}
-    return {**found, "runs": [Measured(**each) for each in found["runs"]]}
+    if not file or not file.exists():
+        return [], {}
+    found = json.loads(file.read_text())
+    return [Measured(**each) for each in found["runs"]], found["backbone"]
 
 
 def main() -> None:
     options = read_options()
-    before, about = kept(options.out), prepare(options)
+    about, (runs, backbone) = prepare(options), kept(options.out)
     job = {"models": [str(options.work / model) for model in options.models]}
-    rates = run(options, [sys.executable, HERE / "backbone.py"], job)
-    runs = list(measure_all(options))
-    measured = {each.cell for each in runs}
-    runs = [each for each in before["runs"] if each.cell not in measured] + runs
-    backbone = before["backbone"] | dict(zip(options.models, rates, strict=True))
+    backbone |= run(options, [sys.executable, HERE / "backbone.py"], job)
+    for cell in itertools.product(options.models, options.data, options.trainers, options.precisions):
+        made = [
+            measure(options, Cell(*cell), round_, arm)
+            for round_, arm in itertools.product(range(1, options.rounds + 1), ARMS[cell[2]])
+        ]
+        runs = [each for each in runs if each.cell != cell] + made
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write(options.out, runs, {**about, "backbone": backbone})
     print(table(runs), backbone_table(backbone), sep="\n\n")
-    if options.out:
-        ask = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {PACKAGES}}}))"
-        versions = json.loads(subprocess.check_output([options.trl_python, "-c", ask], text=True))
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write(options.out, runs, {**about, "machine": machine, "versions": versions, "backbone": backbone})
 
 
 if __name__ == "__main__":

@@ -59,14 +59,15 @@ def main() -> None:
 
     def watch(progress: Progress) -> None:
         losses.append(progress.line["loss"])
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         goal = objective(job["trainer"], model, data, settings)
         fit(Task(model, goal, data, Data(), settings, Path(folder), job["seed"]), watch=watch)
     print(json.dumps({
-        "seconds": ends[-1] - began,  # the last step's; the checkpoint that follows is not timed, and TRL writes none
+        "seconds": ends[-1][0] - began,  # without the last checkpoint: TRL writes none
+        "cpu": ends[-1][1] - cpu,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "losses": losses,
     }))  # fmt: skip

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -23,6 +23,20 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 PACKED_LENGTH = 1024
 CONFIGS = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig}
+
+
+class Spent(NamedTuple):
+    """Seconds, and seconds of all processors together."""
+
+    seconds: float
+    cpu: float
+
+    @classmethod
+    def so_far(cls) -> Spent:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, began: Spent) -> Spent:
+        return Spent(self.seconds - began.seconds, self.cpu - began.cpu)
 
 
 class Recorded:
@@ -45,15 +59,15 @@ class Reward(Recorded, RewardTrainer):
 class Dpo(Recorded, DPOTrainer):
     """Rows: prompt_ids, chosen_ids, rejected_ids; as they are, since TRL would tokenise them."""
 
-    reference_seconds = 0.0
+    reference = Spent(0.0, 0.0)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
-        began = time.perf_counter()
+        began = Spent.so_far()
         found = super()._precompute_ref_logps(*args)
-        self.reference_seconds = time.perf_counter() - began
+        self.reference = Spent.so_far().since(began)
         return found
 
 
@@ -98,11 +112,20 @@ def config(job: dict[str, Any], folder: Path) -> Any:
     )
 
 
+def load(folder: str, trainer: str) -> Any:
+    """A language model gets a head of zeros for the reward model, as ours does."""
+    if trainer != "rm":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1)
+    if not any("SequenceClassification" in name for name in model.config.architectures):
+        torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    kind = AutoModelForSequenceClassification if job["trainer"] == "rm" else AutoModelForCausalLM
-    model = kind.from_pretrained(job["model"], dtype=torch.float32)
+    model = load(job["model"], job["trainer"])
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if "save" in job else {}
     trainer = TRAINERS[job["trainer"]](
         model=model,
@@ -110,14 +133,15 @@ def main() -> None:
         train_dataset=Dataset.from_list([columns(job["trainer"], row) for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
     )
-    began = time.perf_counter()
+    began = Spent.so_far()
     trainer.train()
-    seconds = time.perf_counter() - began + getattr(trainer, "reference_seconds", 0.0)
+    spent, reference = Spent.so_far().since(began), getattr(trainer, "reference", Spent(0.0, 0.0))
     if "save" in job:
         save_file({name: p.detach() - start[name] for name, p in model.named_parameters()}, job["save"])
     steps = torch.stack(trainer.recorded).view(trainer.state.global_step, -1).sum(dim=1)
     print(json.dumps({
-        "seconds": seconds,
+        "seconds": spent.seconds + reference.seconds,
+        "cpu": spent.cpu + reference.cpu,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "losses": steps.tolist(),
     }))  # fmt: skip
