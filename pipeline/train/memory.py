@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,9 @@ def _linear_weights(model: Any) -> list[Tensor]:
 
 
 def _parts(data: Data, settings: TrainSettings) -> list[list[int]]:
-    return list(microbatches(data, range(len(data)), max_tokens=settings.microbatch_tokens))
+    """The microbatches of the longest batch that there can be."""
+    batch = nlargest(settings.batch_size, range(len(data)), key=data.num_tokens)
+    return list(microbatches(data, batch, max_tokens=settings.microbatch_tokens))
 
 
 def _activations(model: Any, groups: Sequence[Group], settings: TrainSettings) -> int:

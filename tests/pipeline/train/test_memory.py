@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.pipeline.lm.tiny import save_tiny
 from tests.pipeline.train.tiny_jobs import write_rows
 
 MIB = 1 << 20
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Has freed tensors leave the process at once, so that its peak is of what it held at one time."""
 PEAK = """
 import json, sys
 from pathlib import Path
@@ -49,8 +52,8 @@ except Enough:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """25 million parameters."""
-    return save_tiny(tmp_path_factory.mktemp("start"), hidden=512, layers=8)
+    """93 million parameters, beside which the libraries' own memory is small."""
+    return save_tiny(tmp_path_factory.mktemp("start"), hidden=1024, layers=8)
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +83,19 @@ def tokens_of(data: Path, start: Path, kind: Any = "sft") -> Data:
     ],
     ids=["sft", "dpo with checkpointing", "dpo with LoRA", "reward model with LoRA in bf16"],
 )
-def test_a_training_takes_little_more_than_the_estimate_and_no_small_part_of_it(
+def test_the_estimate_is_near_what_a_training_takes(
     trainer: str, keys: dict[str, Any], data: Path, start: Path, tmp_path: Path
 ) -> None:
     keys = {"batch_size": 8, "microbatch_tokens": 1024, **keys}
     expected = estimate(trainer, data, start, keys).total
     call = json.dumps([trainer, str(data), str(start), str(tmp_path / "out"), keys])
-    done = subprocess.run([sys.executable, "-c", PEAK, call], capture_output=True, text=True, check=True)
+    environment = os.environ | GIVE_BACK
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, call], capture_output=True, text=True, check=True, env=environment
+    )
     measured = int(done.stdout.splitlines()[-1])
     print(f"{trainer} {keys}: estimate {expected / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
-    # Libraries hold memory of their own, more with more threads; too low an estimate is the one that would hurt.
-    assert 0.75 * measured <= expected <= 2 * measured
+    assert 0.75 * measured <= expected <= 1.25 * measured
 
 
 def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(data: Path, start: Path) -> None:
@@ -99,11 +104,11 @@ def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(dat
     assert (full.gradients, full.optimizer) == (4 * numbers, 8 * numbers)
     lora = estimate("sft", data, start, {"lora": {"r": 8}})
     trained = lora.gradients // 4
-    # r·(in + out) of each of the 7 matrices of 8 layers: 512 wide, keys and values 256, the inner layer 1360
-    assert trained == 8 * 8 * (2 * (512 + 512) + 2 * (512 + 256) + 3 * (512 + 1360))
+    # r·(in + out) of each of the 7 matrices of 8 layers: 1024 wide, keys and values 512, the inner layer 2728
+    assert trained == 8 * 8 * (2 * (1024 + 1024) + 2 * (1024 + 512) + 3 * (1024 + 2728))
     assert lora.weights == 4 * (numbers + trained)
     four = estimate("sft", data, start, {"lora": {"r": 8, "quantize": "4bit"}})
-    layers = 8 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1360)
+    layers = 8 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2728)
     assert four.weights == pytest.approx(4 * trained + 4 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,23 @@ from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job, write_row
 PARALLEL = ("ddp", "fsdp")
 KEYS = {"batch_size": 8, "epochs": 1, "microbatch_tokens": 60}  # 3 steps, of several microbatches each
 LORA = {"r": 4, "alpha": 8}
+THREADS = """
+from pathlib import Path
+
+import torch
+from pipeline.train import ranks
+
+
+def of_the_group():
+    return [task.name for task in Path("/proc/self/task").iterdir()][1:]
+
+with ranks.joined():
+    assert ranks.gather(1) == [1]
+    assert ranks.size() == 1 and len(of_the_group()) > 0
+    weight = torch.ones(1, requires_grad=True)
+    torch.optim.AdamW([weight]).step(lambda: weight.sum().backward())
+print(len(of_the_group()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +167,11 @@ def test_what_one_process_began_two_finish(folder: Path, tmp_path: Path) -> None
     train_in_two(tmp_path, [job])
     assert_alike(out, folder / "fsdp" / "whole", relative=1e-5)
     assert (weights(out) - weights(folder / "fsdp" / "whole")).abs().max() <= 1e-6
+
+
+def test_the_threads_of_the_group_end_with_it(tmp_path: Path) -> None:
+    """Those that are left when Python ends may abort the process; an optimiser's first step imports much of torch."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    environment = os.environ | place | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, env=environment)
+    assert done.stdout == "0\n", done.stderr
