@@ -136,7 +136,8 @@ def run(options: argparse.Namespace, command: Sequence[Any], job: dict[str, Any]
     """What the command prints in its last line."""
     path = options.work / "job.json"
     path.write_text(json.dumps(job))
-    done = subprocess.run([*command, path], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([*command, path], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} {path}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

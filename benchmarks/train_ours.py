@@ -17,29 +17,8 @@ from pipeline.config.settings import Settings, TrainSettings
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import load
 from pipeline.train.batches import Data
-from pipeline.train.dpo import Preference
-from pipeline.train.loop import Objective, Progress, Task, fit
-from pipeline.train.reference import compute_logps
-from pipeline.train.rm import Comparisons
-from pipeline.train.rows import Row
-from pipeline.train.sft import Imitation
-
-
-def read(path: Path, trainer: str) -> Data:
-    data = Data()
-    for number, line in enumerate(path.read_text().splitlines()):
-        pair = json.loads(line)
-        completions = [pair["chosen"]] if trainer == "sft" else [pair["chosen"], pair["rejected"]]
-        data.add(Row(str(number), [], ("",) * len(completions), 1.0, (), "given"), pair["prompt"], completions)
-    return data
-
-
-def objective(trainer: str, model: Any, data: Data, settings: Any) -> Objective:
-    if trainer == "sft":
-        return Imitation()
-    if trainer == "rm":
-        return Comparisons(settings.center_coef)
-    return Preference(settings, {id(data): compute_logps(model, data, settings)})
+from pipeline.train.loop import Progress, Task, fit
+from tests.pipeline.train.tiny_jobs import objective, token_data
 
 
 def settings_of(job: dict[str, Any]) -> TrainSettings:
@@ -52,7 +31,7 @@ def settings_of(job: dict[str, Any]) -> TrainSettings:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     settings = settings_of(job)
-    data = read(Path(job["rows"]), job["trainer"])
+    data = token_data(map(json.loads, Path(job["rows"]).read_text().splitlines()), job["trainer"])
     model = load(job["model"], dtype="float32", head="score" if job["trainer"] == "rm" else "language").model
     prepare(model)
     losses, ends = [], []

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  its functions' defaults would keep a group that is there when it is imported
+import torch.distributed.nn
 from torch import Tensor
 
 from pipeline.errors import CaiError, PeerError, StoppedError, UsageError

@@ -14,14 +14,9 @@ from pipeline.config.settings import Settings
 from pipeline.lm.forward import prepare
 from pipeline.train import loop
 from pipeline.train.batches import Data
-from pipeline.train.dpo import Preference
-from pipeline.train.loop import Objective, Task, fit
-from pipeline.train.reference import compute_logps
-from pipeline.train.rm import Comparisons
-from pipeline.train.rows import Row
-from pipeline.train.sft import Imitation
+from pipeline.train.loop import Task, fit
 from tests.pipeline.train.agreed import BATCH_SIZE, CASES, LEARNING_RATE, STEPS, Case, make_model, make_rows
-from tests.pipeline.train.tiny_jobs import metrics
+from tests.pipeline.train.tiny_jobs import metrics, objective, token_data
 
 DATA = Path(__file__).parent / "data"
 
@@ -69,17 +64,6 @@ def train(case: Case, model: Any, folder: Path) -> None:
     section = f"train_{case.trainer}"
     tree = {section: {**common, "epochs": 1, "microbatch_tokens": 200, **case.ours}}
     settings = getattr(Settings.model_validate(tree), section)
-    data = Data()
-    for number, row in enumerate(make_rows()):
-        completions = [row["chosen"], row["rejected"]][: 1 if case.trainer == "sft" else 2]
-        data.add(Row(str(number), [], ("",) * len(completions), 1.0, (), "given"), row["prompt"], completions)
+    data = token_data(make_rows(), case.trainer)
     prepare(model)
     fit(Task(model, objective(case.trainer, model, data, settings), data, Data(), settings, folder, seed=0))
-
-
-def objective(trainer: str, model: Any, data: Data, settings: Any) -> Objective:
-    if trainer == "sft":
-        return Imitation()
-    if trainer == "rm":
-        return Comparisons(settings.center_coef)
-    return Preference(settings, {id(data): compute_logps(model, data, settings)})

@@ -12,18 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.train.rows import Source
 from pipeline.train.sft import Imitation
 from pipeline.train.stage import Extras, Job, Opened, train
-from tests.pipeline.lm.tiny import save_tiny
-from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+from tests.pipeline.train.tiny_jobs import metrics, run_job
 
 
 @pytest.mark.parametrize("select", ["max eval/rewards/margin", "min eval/rewards/margin", "max eval/loss"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pipeline.train.reference import compute_logps
 from pipeline.train.rows import Source, read
 from tests.pipeline.lm.tiny import families, save_tiny
 from tests.pipeline.train.in_two import train_in_two
-from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job, write_rows
+from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job
 
 GROUPS = [
     Group(torch.arange(3, 40), (torch.arange(40, 52), torch.arange(7, 10))),
@@ -35,16 +34,6 @@ GROUPS = [
 ]
 KEYS = {"lora": {"r": 4, "alpha": 8}, "learning_rate": 1e-2, "epochs": 2}
 HEADS = {"rm": AutoModelForSequenceClassification}
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def stir(model: Any) -> None:
@@ -256,13 +245,14 @@ def test_an_adapter_whose_model_is_gone_is_refused(start: Path, data: Path, tmp_
         run_job("dpo", data, tmp_path / "sft" / "adapter", tmp_path / "dpo", keys=KEYS)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_four_bits_without_bitsandbytes_name_the_exact_command(start: Path, data: Path, tmp_path: Path) -> None:
+def test_four_bits_without_bitsandbytes_name_the_exact_command(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.lm.load.is_bitsandbytes_available", lambda: False)
     with pytest.raises(EngineRefused, match=r"pip install 'constitutional-pipeline\[qlora\]'"):
         run_job("sft", data, start, tmp_path / "sft", keys={"lora": {"quantize": "4bit"}})
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_adapters_beside_four_bits_get_the_gradient_of_the_weights_that_these_stand_for(tmp_path: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -282,7 +272,6 @@ def test_adapters_beside_four_bits_get_the_gradient_of_the_weights_that_these_st
     assert (gradients[quantised] - gradients[plain]).norm() <= 1e-3 * gradients[plain].norm()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "rm"])
 def test_four_bits_train_adapters_that_are_added_to_the_whole_weights(trainer: str, data: Path, tmp_path: Path) -> None:
     start = save_tiny(tmp_path / "start", hidden=192)  # the CPU kernels want multiples of 32

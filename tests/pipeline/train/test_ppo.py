@@ -20,17 +20,11 @@ from pipeline.train.rollouts import roll_out
 from tests.pipeline.lm.tiny import tiny_tokenizer
 from tests.pipeline.train.ppo_jobs import open_scores, opened, run_ppo, save_pair, save_reward_model
 from tests.pipeline.train.test_stages import stop_after
-from tests.pipeline.train.tiny_jobs import write_rows
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_pair(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 def lines(folder: Path, name: str = "metrics") -> list[dict[str, Any]]:

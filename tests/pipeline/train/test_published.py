@@ -15,7 +15,7 @@ from pipeline.errors import ResourceError
 from pipeline.train.rows import Source, read
 from pipeline.train.scorers import open_scorer
 from tests.pipeline.lm.tiny import save_tiny
-from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
+from tests.pipeline.train.tiny_jobs import metrics, run_job
 
 KEYS = {"epochs": 2, "learning_rate": 1e-2}
 
@@ -23,11 +23,6 @@ KEYS = {"epochs": 2, "learning_rate": 1e-2}
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("start"), layers=4)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "LoRA"])

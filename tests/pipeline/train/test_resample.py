@@ -29,11 +29,6 @@ from tests.pipeline.train.tiny_jobs import metrics, run_job, write_rows
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned to end its answers."""
     folder = tmp_path_factory.mktemp("start")

@@ -24,17 +24,7 @@ from pipeline.train.rows import Source, read
 from pipeline.train.rrhf import Ranking
 from pipeline.train.sft import Imitation
 from tests.pipeline.lm.tiny import save_tiny, tiny_tokenizer
-from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job, write_rows
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("start"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+from tests.pipeline.train.tiny_jobs import TRAINERS, metrics, run_job
 
 
 def stop_after(steps: int) -> Callable[[], bool]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.settings import Settings
 from pipeline.train import rows
-from pipeline.train.dpo import train_dpo
-from pipeline.train.rm import train_rm
+from pipeline.train.batches import Data
+from pipeline.train.dpo import Preference, train_dpo
+from pipeline.train.loop import Objective
+from pipeline.train.reference import compute_logps
+from pipeline.train.rm import Comparisons, train_rm
 from pipeline.train.rrhf import train_rrhf
-from pipeline.train.sft import train_sft
+from pipeline.train.sft import Imitation, train_sft
 from pipeline.train.stage import Job, Report
 
 TRAINERS: dict[str, Any] = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "rrhf": train_rrhf}
@@ -73,3 +77,21 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl, without times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def token_data(pairs: Iterable[dict[str, Any]], trainer: str) -> Data:
+    """Rows whose prompt, chosen and rejected are token ids already."""
+    data = Data()
+    for number, pair in enumerate(pairs):
+        completions = [pair["chosen"], pair["rejected"]][: 1 if trainer == "sft" else 2]
+        data.add(rows.Row(str(number), [], ("",) * len(completions), 1.0, (), "given"), pair["prompt"], completions)
+    return data
+
+
+def objective(trainer: str, model: Any, data: Data, settings: Any) -> Objective:
+    """What a trainer minimises, reference log-probs included, where there is no stage around it."""
+    if trainer == "sft":
+        return Imitation()
+    if trainer == "rm":
+        return Comparisons(settings.center_coef)
+    return Preference(settings, {id(data): compute_logps(model, data, settings)})
