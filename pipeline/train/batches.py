@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from heapq import heapreplace
+from heapq import heapreplace, nlargest
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -196,3 +196,9 @@ def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterato
         total += length
     if held:
         yield held
+
+
+def longest_microbatch(data: Data, *, batch_size: int, max_tokens: int) -> list[int]:
+    """The rows that take the most memory, of the batch of the longest rows."""
+    batch = nlargest(batch_size, range(len(data)), key=data.num_tokens)
+    return max(microbatches(data, batch, max_tokens=max_tokens), key=lambda part: sum(map(data.num_tokens, part)))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from pipeline.config.settings import TrainSettings
 from pipeline.errors import DivergedError, ResourceError, StoppedError
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks, shards
-from pipeline.train.batches import Data, batch_at, dealt_microbatches, steps_per_epoch
+from pipeline.train.batches import Data, batch_at, dealt_microbatches, longest_microbatch, steps_per_epoch
 from pipeline.train.best import Best
 from pipeline.train.lines import LineFile
 from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
@@ -35,6 +35,8 @@ KEPT = 2
 """Newest checkpoints that are kept, one in case the other is damaged."""
 NAMED = 5
 """Rows that a message names."""
+
+T = TypeVar("T")
 
 
 class Terms(NamedTuple):
@@ -118,9 +120,12 @@ def fit(
     run = _Run(task)
     run.resume(warn)
     run.check_select()
+    first = run.step + 1
     while run.step < run.total and not run.has_stalled():
         began = time.perf_counter()
         line = run.train_step()
+        if run.step == first:
+            run.check_memory()
         if run.is_due(task.settings.eval_every):
             line |= run.evaluate()
         run.metrics.append([line | {"seconds": round(time.perf_counter() - began, 3)}])
@@ -178,7 +183,14 @@ class _Run:
             ranks.add_up([p.grad for p in self.parameters.values() if p.grad is not None])
         return tally.means()
 
-    def _by_itself(self, action: Callable[[], Tally]) -> Tally:
+    def check_memory(self) -> None:
+        """The longest microbatch, forward and backward, when the optimiser's state is there: it fits now or never."""
+        data, settings = self.task.train, self.settings
+        part = longest_microbatch(data, batch_size=settings.batch_size, max_tokens=settings.microbatch_tokens)
+        self._by_itself(lambda: self._forward(data, part, 0.0))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _by_itself(self, action: Callable[[], T]) -> T:
         """Where processes compute without one another they can tell of an error; in FSDP the others wait inside."""
         if not shards.is_sharded(self.model):
             return ranks.together(action)
@@ -190,13 +202,19 @@ class _Run:
         tally, shortest = Tally(), min(rows, key=data.num_tokens)
         share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": self.settings.microbatch_tokens}
         for part in dealt_microbatches(data, rows, **share):
-            with self._enough_memory(data, part):
-                terms = self._terms(data, part or [shortest])
-                if num_terms:
-                    (terms.losses.sum() * (len(part) > 0) / num_terms).backward()
+            weight = (len(part) > 0) / num_terms if num_terms else None
+            terms = self._forward(data, part or [shortest], weight)
             if part:
                 tally.add(terms)
         return tally
+
+    def _forward(self, data: Data, rows: Sequence[int], weight: float | None) -> Terms:
+        """The rows' terms; adds to the gradient if given a weight, which is that of each."""
+        with self._enough_memory(data, rows):
+            terms = self._terms(data, rows)
+            if weight is not None:
+                (terms.losses.sum() * weight).backward()
+        return terms
 
     @contextmanager
     def _enough_memory(self, data: Data, rows: Sequence[int]) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from heapq import nlargest
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from pipeline.config.settings import LoraSettings, TrainSettings
 from pipeline.lm.forward import Group, completion_ends, completion_logps
 from pipeline.lm.load import Head, load_config, pick_device, stored_dtype
 from pipeline.lm.packed import PACKED
-from pipeline.train.batches import Data, microbatches
+from pipeline.train.batches import Data, longest_microbatch
 from pipeline.train.loop import compute_dtype, silence_dropout
 from pipeline.train.lora import attach
 
@@ -57,7 +56,7 @@ def measure(start: str, data: Data, settings: TrainSettings, device: str, head: 
     weights = sum(int(parameter.numel() * size) for parameter, size in sizes.items())
     if is_half:
         model.to(torch.bfloat16)
-    longest = max(_parts(data, settings), key=lambda part: sum(map(data.num_tokens, part)))
+    longest = longest_microbatch(data, batch_size=settings.batch_size, max_tokens=settings.microbatch_tokens)
     return Memory(
         weights=weights,
         gradients=4 * trained,
@@ -138,12 +137,6 @@ def _sizes(model: Any, start: str, settings: TrainSettings, kind: str) -> dict[T
 
 def _linear_weights(model: Any) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-
-
-def _parts(data: Data, settings: TrainSettings) -> list[list[int]]:
-    """The microbatches of the longest batch that there can be."""
-    batch = nlargest(settings.batch_size, range(len(data)), key=data.num_tokens)
-    return list(microbatches(data, batch, max_tokens=settings.microbatch_tokens))
 
 
 def _activations(model: Any, groups: Sequence[Group], settings: TrainSettings) -> int:

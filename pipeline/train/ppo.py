@@ -16,7 +16,7 @@ from collections.abc import Callable
 from transformers import AutoConfig
 
 from pipeline.config.settings import TrainPpoSettings
-from pipeline.errors import IncompleteError, StoppedError, UsageError
+from pipeline.errors import StoppedError, UsageError
 from pipeline.lm.load import ends, load, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
@@ -182,7 +182,7 @@ def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:
 def _read_prompts(
     job: Job, settings: TrainPpoSettings, chat: Chat, context: int
 ) -> tuple[dict[str, Prompts], list[rows.Tally]]:
-    """Of both splits, each short enough for a completion. Raises IncompleteError (3) if none is."""
+    """Of both splits, each short enough for a completion. Raises UsageError (2) if none is."""
     tallies: list[rows.Tally] = []
     room = min(settings.max_length or context, context) - settings.max_tokens
     found: dict[str, Prompts] = {}
@@ -193,7 +193,7 @@ def _read_prompts(
         if lost := found[split].data.left_out["too_long"]:
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
     if not len(found["train"]):
-        raise IncompleteError(f"all prompts are longer than {room} tokens; set max_tokens, or too_long: cut")
+        raise UsageError(f"all prompts are longer than {room} tokens; set max_tokens, or too_long: cut")
     return found, tallies
 
 

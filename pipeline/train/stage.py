@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
-from pipeline.errors import IncompleteError, UsageError
+from pipeline.errors import UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
 from pipeline.lm.templates import Chat
@@ -201,7 +201,7 @@ def _counts(data: dict[str, Data]) -> dict[str, Any]:
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
-    """Tokens of both splits. Raises IncompleteError (3) if no row is left to train on."""
+    """Tokens of both splits. Raises UsageError (2) if all rows are too long."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
     data: dict[str, Data] = {}
@@ -216,7 +216,7 @@ def read_data(
             )
     if not len(data["train"]):
         id, length = data["train"].longest
-        raise IncompleteError(
+        raise UsageError(
             f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
             "set max_length, or too_long: cut"
         )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.settings import Settings
-from pipeline.errors import DivergedError, IncompleteError, StoppedError, UsageError
+from pipeline.errors import DivergedError, StoppedError, UsageError
 from pipeline.lm.load import load
 from pipeline.train.rollouts import roll_out
 from tests.pipeline.lm.tiny import tiny_tokenizer
@@ -252,7 +252,7 @@ def test_prompts_longer_than_the_context_are_left_out_or_cut(
     assert (report.counts["train"]["rows"], report.counts["train"]["too_long"]) == (2, 2)
     report = run_ppo(long, *models, tmp_path / "cut", keys={"too_long": "cut"})
     assert (report.counts["train"]["rows"], report.counts["train"]["cut"]) == (4, 2)
-    with pytest.raises(IncompleteError, match="longer than 2 tokens"):
+    with pytest.raises(UsageError, match="longer than 2 tokens"):
         run_ppo(long, *models, tmp_path / "none", keys={"max_length": 10})
 
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline.errors import DivergedError, IncompleteError, ResourceError, StoppedError, UsageError
+from pipeline.errors import DivergedError, ResourceError, StoppedError, UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import load
 from pipeline.lm.templates import Chat
-from pipeline.train.batches import tokenise
+from pipeline.train.batches import batch_at, tokenise
 from pipeline.train.rows import Source, read
 from pipeline.train.rrhf import Ranking
 from pipeline.train.sft import Imitation
@@ -148,10 +148,10 @@ def test_what_was_made_from_the_same_inputs_is_not_made_again(start: Path, data:
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_older_checkpoint(
     start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = count()
+    calls = count()  # of the steps 1, 2 and 3, and after the first the trial of the longest rows
 
     def poisoned(logps: torch.Tensor) -> torch.Tensor:
-        return -logps * (float("nan") if next(calls) == 2 else 1.0)
+        return -logps * (float("nan") if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr("pipeline.train.sft.sft_loss", poisoned)
     keys = {"save_every": 1, "eval_every": 100}
@@ -200,6 +200,25 @@ def test_memory_that_is_not_there_is_told_with_rows_and_tokens(
         run_job("sft", data, start, tmp_path / "sft")
 
 
+def test_the_longest_rows_are_tried_after_the_first_step(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their place in the data's order memory would end in the third step."""
+
+    def hungry(logps: torch.Tensor) -> torch.Tensor:
+        return torch.empty(1 << 50 if len(logps) > 25 else 0).sum() - logps
+
+    lines = data.read_text().splitlines()
+    order = batch_at(2, num_rows=24, batch_size=8, seed=0)
+    long = json.loads(lines[order[0]])
+    lines[order[0]] = json.dumps(long | {"completion": "please help me " * 20})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    monkeypatch.setattr("pipeline.train.sft.sft_loss", hungry)
+    with pytest.raises(ResourceError, match=rf"step 2: out of memory with \d+ tokens \(rows {long['id']}\)"):
+        run_job("sft", path, start, tmp_path / "sft", keys={"microbatch_tokens": 60})
+
+
 def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "start", context=48)
     said: list[str] = []
@@ -231,7 +250,7 @@ def test_a_model_without_a_chat_template_is_refused(start: Path, data: Path, tmp
 
 
 def test_a_dataset_without_a_row_that_fits_is_refused(start: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(IncompleteError, match="longer than 5 tokens"):
+    with pytest.raises(UsageError, match="longer than 5 tokens"):
         run_job("sft", data, start, tmp_path / "sft", keys={"max_length": 5})
 
 
