@@ -156,7 +156,7 @@ def ingest_prompts(job: Job, limit: int | None) -> Ingested | None:
     specs = _specs(job.settings)
     if specs:
         ingested = ingest(job.run, specs, shard_size=job.settings.prompts.shard_size, limit=limit)
-        if not job.run.parts("prompts"):
+        if not ingested.lines:
             raise UsageError(f"{', '.join(spec.path for spec in specs)}: no prompts; give a file that holds some")
         return ingested
     if not job.run.manifest("prompts"):

@@ -59,6 +59,9 @@ def test_no_prompts_at_all_are_refused(cai: Command) -> None:
     assert "no prompts; use --prompts FILE" in refusal(cai("run", "--run", "r", *SCRIPTED))
     (cai.folder / "empty.jsonl").write_text("")
     assert "empty.jsonl" in refusal(cai("run", "--run", "r", "--prompts", "empty.jsonl", *SCRIPTED))
+    prompts = write_prompts(cai.folder / "p.jsonl", 2)
+    assert cai("generate", "--run", "r", "--prompts", prompts, *SCRIPTED).returncode == 0
+    assert "empty.jsonl" in refusal(cai("generate", "--run", "r", "--prompts", "empty.jsonl", *SCRIPTED))
 
 
 def test_unknown_keys_and_values_are_refused_with_the_nearest(cai: Command) -> None:
