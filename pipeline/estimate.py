@@ -143,6 +143,8 @@ def num_steps(settings: Settings, trainer: str, prompts: Mapping[str, int]) -> i
         rows = prompts.get("sft", 0) * targets[settings.export.sft]
     elif trainer in ("rm", "dpo"):
         rows *= pairs[settings.export.pairs]
+    elif trainer == "ppo":
+        rows += prompts.get("sft", 0)
     section = getattr(settings, f"train_{trainer}")
     return -(-rows // section.batch_size) * section.epochs
 

@@ -1,15 +1,15 @@
 """The recipe: what `cai run` does, in order (Bai et al. 2022, arXiv 2212.08073).
 
 Phase 1 is the paper's SL-CAI: a model revises its answers under the principles and is trained on the revisions. Phase 2
-is its RL-CAI up to the policy: answers sampled from that SFT model are ranked by the judge of phase 1, and preferences
-train a reward model and, from the SFT model again, the policy. Every step is a command of its own, too, and one that
-was done from the same inputs is not done again.
+is its RL-CAI: answers sampled from that SFT model are ranked by the judge of phase 1, and preferences train a reward
+model and, from the SFT model again, the policy: by PPO as in the paper, or directly. Every step is a command of its
+own, too, and one that was done from the same inputs is not done again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from pipeline.chain import DATA_STAGES
 from pipeline.config.settings import RecipeSettings, Settings, Trainer
@@ -40,7 +40,8 @@ Step = Stages | Export | Train
 
 def steps(recipe: RecipeSettings, trainers: Sequence[Trainer]) -> list[Step]:
     """The steps of a run that trains these; see `trainers`."""
-    policies = [Train(trainer) for trainer in trainers if trainer != "sft"] if recipe.phases == 2 else []
+    ordered: list[Trainer] = [trainer for trainer in get_args(Trainer) if trainer in trainers]
+    policies = [Train(trainer) for trainer in ordered if trainer != "sft"] if recipe.phases == 2 else []
     samples = bool(policies) and recipe.pairs != "revisions"
     found: list[Step] = [Stages(1, DATA_STAGES), Export(before_samples=samples)]
     if "sft" in trainers:

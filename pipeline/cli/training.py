@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.train.stage import Job, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
-KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked"}
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
 
 
 def _training_options(function: F) -> F:
@@ -117,22 +117,29 @@ def train_rrhf_command(
 @_training_options
 def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
     def train(job: Job, settings: Settings) -> Report:
-        from pipeline import jobs
-        from pipeline.train.ppo import train_ppo
+        from pipeline.jobs import scoring_model
 
-        ppo = settings.train_ppo
-        if ppo.reward in ("judge", "graded"):
-            from constitution.principles import Constitution
-            from pipeline.live_judge import live_judge
-
-            constitution = Constitution.load(jobs.constitution_file(settings))
-            with live_judge(settings, constitution, job.start, ppo.reward) as judge:
-                return train_ppo(job, ppo, judge=judge)
-        uses_run = ppo.reward == "model" and not options["out"]
-        scorer = jobs.scoring_model(options["run"], reward_model) if uses_run or reward_model else None
-        return train_ppo(job, ppo, reward_model=scorer)
+        scorer = reward_model
+        if reward_model or (settings.train_ppo.reward == "model" and not options["out"]):
+            scorer = scoring_model(options["run"], reward_model)
+        return _train_ppo(job, settings, scorer)
 
     _train(console, "ppo", train, **options)
+
+
+def _train_ppo(job: Job, settings: Settings, reward_model: str | None) -> Report:
+    """With the reward that the settings name."""
+    from constitution.principles import Constitution
+    from pipeline.jobs import constitution_file
+    from pipeline.live_judge import live_judge
+    from pipeline.train.ppo import train_ppo
+
+    ppo = settings.train_ppo
+    if ppo.reward not in ("judge", "graded"):
+        return train_ppo(job, ppo, reward_model=reward_model)
+    constitution = Constitution.load(constitution_file(settings))
+    with live_judge(settings, constitution, job.start, ppo.reward) as judge:
+        return train_ppo(job, ppo, judge=judge)
 
 
 def _train(
@@ -242,24 +249,38 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
-    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
+    train = _trainer_of_run(trainer, run)
     with _stop_requests() as should_stop, watching(console) as watch:
         made_from = _made_from(opened, trainer, job)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
-        report = train(job, getattr(settings, f"train_{trainer}"))
+        report = train(job, settings)
     _show(console, trainer, report)
     console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
     release_memory()
 
 
+def _trainer_of_run(trainer: str, run: Path) -> Callable[[Job, Settings], Report]:
+    """What trains in a run without further options."""
+    from pipeline.jobs import scoring_model
+
+    if trainer == "ppo":
+        return lambda job, settings: _train_ppo(
+            job, settings, scoring_model(run, None) if settings.train_ppo.reward == "model" else None
+        )
+    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
+    return lambda job, settings: train(job, getattr(settings, f"train_{trainer}"))  # type: ignore[no-any-return]
+
+
 def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
     """What of the run a training depends on, as it is now."""
     from pipeline import jobs
-    from pipeline.train.rows import DATASETS
+    from pipeline.train.rows import dataset_of
 
-    run = opened.run.path
-    names = [f"datasets/{DATASETS[KINDS[trainer]]}"] if str(run) in [source.path for source in job.sources] else []
+    run, names = opened.run.path, list[str]()
+    if str(run) in [source.path for source in job.sources]:
+        names += [f"datasets/{dataset_of(run, KINDS[trainer]).name}"]
     names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
+    names += ["models/rm"] if trainer == "ppo" and opened.settings.train_ppo.reward == "model" else []
     return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
 
 

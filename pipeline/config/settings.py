@@ -133,13 +133,14 @@ class ExportSettings(Section):
     format: Literal["messages", "text"] = "messages"
 
 
-Trainer = Literal["sft", "rm", "dpo", "rrhf"]
+Trainer = Literal["sft", "rm", "dpo", "rrhf", "ppo"]
 
 
 class RecipeSettings(Section):
     """phases: 1 ends with the SFT model. pairs: what preferences are made from.
 
-    trainers: auto: sft, rm and dpo where the run has a model of its own, and a GPU or the embedded model.
+    trainers: in whatever order, they run in that of `Trainer`. auto: sft, rm and dpo where the run has a model of its
+    own, and a GPU or the embedded model.
     """
 
     phases: Annotated[int, Field(ge=1, le=2)] = 2

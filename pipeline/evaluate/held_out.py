@@ -31,7 +31,7 @@ from pipeline.records import Message
 from pipeline.store import read_json
 
 CASES = 600
-POLICIES = ("sft", "dpo", "rrhf")
+POLICIES = ("sft", "dpo", "rrhf", "ppo")
 MAX_TOKENS = 96
 SAMPLES = 4
 """Of each request, where answers are compared with one another."""

@@ -35,6 +35,8 @@ KEPT = 2
 """Newest checkpoints that are kept, one in case the other is damaged."""
 NAMED = 5
 """Rows that a message names."""
+LONG = 50
+"""Steps from which on the longest rows are tried early; a shorter training comes to them soon by itself."""
 
 T = TypeVar("T")
 
@@ -124,7 +126,7 @@ def fit(
     while run.step < run.total and not run.has_stalled():
         began = time.perf_counter()
         line = run.train_step()
-        if run.step == first:
+        if run.step == first and run.total - first >= LONG:
             run.check_memory()
         if run.is_due(task.settings.eval_every):
             line |= run.evaluate()

@@ -173,14 +173,19 @@ def _open(path: str, kind: Kind, split: Split) -> tuple[Fields, bool]:
     if not folder.is_dir():
         return read_fields(path), False
     if (folder / "run.json").exists():
-        folders = [RunFolder(folder).path / "datasets" / name for name in DATASETS[kind]]
-        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+        folder = dataset_of(RunFolder(folder).path, kind)
         if not folder.is_dir():
             raise UsageError(f"{folder}: not there; `cai export --run {path}` makes it, if the run has such rows")
         return _open_export(folder, split), True
     if is_export(folder):
         return _open_export(folder, split), True
     return _open_hf(f"hf:{path}", split)
+
+
+def dataset_of(run: Path, kind: Kind) -> Path:
+    """Where a run's rows of this kind lie, or would lie."""
+    folders = [run / "datasets" / name for name in DATASETS[kind]]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def is_export(folder: Path) -> bool:

@@ -27,6 +27,9 @@ SMALL = {
     "train_sft.learning_rate": "1e-3",
     "train_sft.batch_size": "4",
     "train_dpo.batch_size": "4",
+    "train_ppo.batch_size": "8",
+    "train_ppo.max_tokens": "32",
+    "recipe.trainers": "[ppo, dpo, sft, rm]",
 }
 NUM_PROMPTS = 20
 
@@ -35,6 +38,11 @@ def test_the_default_recipe_is_the_paper_s() -> None:
     found = steps(RecipeSettings(), ("sft", "rm", "dpo"))
     sft, policies = Train("sft"), [Train("rm"), Train("dpo")]
     assert found == [PHASE_1, Export(before_samples=True), sft, *SAMPLES, *policies]
+
+
+def test_ppo_comes_after_the_reward_model_however_they_are_listed() -> None:
+    found = steps(RecipeSettings(), ("ppo", "rm", "sft"))
+    assert [step for step in found if isinstance(step, Train)] == [Train("sft"), Train("rm"), Train("ppo")]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def starts(run: Path) -> dict[str, str]:
 
 
 def test_a_run_trains_on_phase_1_and_then_from_its_sft_model_on_samples_of_it(whole: Path) -> None:
-    assert starts(whole) == {"sft": "weights", "rm": "sft", "dpo": "sft"}
+    assert starts(whole) == {"sft": "weights", "rm": "sft", "dpo": "sft", "ppo": "sft"}
     sampled = list(RunFolder(whole, phase=2).read("generate"))
     assert {completion["model"] for line in sampled for completion in line["completions"]} == {"sft"}
     found = standing(RunFolder(whole))
@@ -145,11 +153,13 @@ def test_the_commands_one_by_one_give_the_files_of_a_run(whole: Path, cai: Comma
         ("rank", "--phase", "2"),
         ("export",),
         ("train-dpo",),
+        ("train-rm",),
+        ("train-ppo",),
     ):
         done = cai(call[0], "--run", "r", *call[1:], timeout=120)
         assert done.returncode == 0, done.stderr
     assert published(cai.folder / "r") == published(whole)
-    for name in ("sft", "dpo"):
+    for name in ("sft", "dpo", "rm", "ppo"):
         one, other = (run / "models" / name / "model.safetensors" for run in (cai.folder / "r", whole))
         assert one.read_bytes() == other.read_bytes()
 
@@ -160,8 +170,18 @@ def test_new_settings_of_sft_sample_and_train_again(whole: Path, cai: Command) -
     found = standing(RunFolder(cai.folder / "r"))
     num = sum(line != "" for line in (whole.parent / "p.jsonl").read_text().splitlines())
     again = [f"phase2/{name}: {num} of {num} prompts" for name in ("generate", "rank")]
-    assert found.to_do == [*again, "export", "train-rm", "train-dpo"]
+    assert found.to_do == [*again, "export", "train-rm", "train-dpo", "train-ppo"]
     assert not found.models["dpo"].is_current
+
+
+def test_another_reward_model_and_other_data_leave_their_models_behind(whole: Path, cai: Command) -> None:
+    shutil.copytree(whole, cai.folder / "r")
+    assert cai("train-rm", "--run", "r", "--set", "train_rm.epochs=2", timeout=120).returncode == 0
+    found = standing(RunFolder(cai.folder / "r"))
+    assert {name for name, model in found.models.items() if not model.is_current} == {"ppo"}
+    assert cai("export", "--run", "r", "--set", "export.margin=0.4").returncode == 0
+    found = standing(RunFolder(cai.folder / "r"))
+    assert {name for name, model in found.models.items() if not model.is_current} == {"ppo", "rm", "dpo"}
 
 
 def test_a_dry_run_counts_both_phases_and_the_trainings(whole: Path, cai: Command) -> None:

@@ -148,10 +148,10 @@ def test_what_was_made_from_the_same_inputs_is_not_made_again(start: Path, data:
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_older_checkpoint(
     start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = count()  # of the steps 1, 2 and 3, and after the first the trial of the longest rows
+    calls = count()
 
     def poisoned(logps: torch.Tensor) -> torch.Tensor:
-        return -logps * (float("nan") if next(calls) == 3 else 1.0)
+        return -logps * (float("nan") if next(calls) == 2 else 1.0)
 
     monkeypatch.setattr("pipeline.train.sft.sft_loss", poisoned)
     keys = {"save_every": 1, "eval_every": 100}
@@ -216,7 +216,7 @@ def test_the_longest_rows_are_tried_after_the_first_step(
     path.write_text("\n".join(lines))
     monkeypatch.setattr("pipeline.train.sft.sft_loss", hungry)
     with pytest.raises(ResourceError, match=rf"step 2: out of memory with \d+ tokens \(rows {long['id']}\)"):
-        run_job("sft", path, start, tmp_path / "sft", keys={"microbatch_tokens": 60})
+        run_job("sft", path, start, tmp_path / "sft", keys={"microbatch_tokens": 60, "epochs": 20})
 
 
 def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_path: Path) -> None:
