@@ -124,23 +124,12 @@ def measure(options: argparse.Namespace, cell: Cell, round_: int, arm: str) -> M
     command = [sys.executable, HERE / "train_ours.py"]
     if arm != "ours":
         command = [options.trl_python, HERE / "peers/trl_trainer.py"]
-    found = run(options, command, job)
+    found = training_jobs.run(options.work, command, job)
     pairs, seconds = options.pairs[cell.model], found["seconds"]
     peak, first_loss = found["peak"] / 1024, found["losses"][0]
     made = Measured(*cell, round_, arm, pairs, seconds, pairs / seconds, found["cpu"], peak, first_loss)
     print(*(f"{each:.4g}" if isinstance(each, float) else each for each in made), flush=True)
     return made
-
-
-def run(options: argparse.Namespace, command: Sequence[Any], job: dict[str, Any]) -> Any:
-    """What the command prints in its last line."""
-    path = options.work / "job.json"
-    path.write_text(json.dumps(job))
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([*command, path], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} {path}\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(runs: Sequence[Measured]) -> str:
@@ -221,7 +210,7 @@ def main() -> None:
     options = read_options()
     about, (runs, backbone) = prepare(options), kept(options.out)
     job = {"models": [str(options.work / model) for model in options.models]}
-    backbone |= run(options, [sys.executable, HERE / "backbone.py"], job)
+    backbone |= training_jobs.run(options.work, [sys.executable, HERE / "backbone.py"], job)
     for cell in itertools.product(options.models, options.data, options.trainers, options.precisions):
         made = [
             measure(options, Cell(*cell), round_, arm)

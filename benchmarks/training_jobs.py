@@ -1,11 +1,14 @@
-"""Models and rows for benchmarks/train.py: Llamas with random weights; pairs as tokens, synthetic or of hh-rlhf."""
+"""Models and rows for train.py and ppo.py: Llamas with random weights; tokens, synthetic or of hh-rlhf."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
 import random
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,32 @@ def write(path: Path, pairs: list[Pair]) -> dict[str, Any]:
     """One pair a line. Returns mean lengths."""
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return {name: round(sum(len(pair[name]) for pair in pairs) / len(pairs)) for name in pairs[0]}
+
+
+@torch.no_grad()
+def set_odds_of_end(folder: Path, probability: float) -> None:
+    """Gives the token that ends an answer about this probability everywhere.
+
+    One feature of all embeddings gets a constant, which lasts through the layers, and only that token's logit sees it.
+    """
+    model = LlamaForCausalLM.from_pretrained(folder)
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embeddings[:, 0] += 0.1
+    head[:, 0] = 0
+    head[1] = 0
+    draw = torch.Generator().manual_seed(0)
+    states = model.model(torch.randint(2, VOCABULARY, (4, 128), generator=draw)).last_hidden_state
+    others = (states @ head[2:].T).logsumexp(-1).mean()
+    head[1, 0] = (math.log(probability / (1 - probability)) + others) / states[..., 0].mean()
+    model.save_pretrained(folder)
+
+
+def run(work: Path, command: Sequence[Any], job: dict[str, Any]) -> Any:
+    """What a command prints in its last line, given the job in a file. It finds this project's tests, too."""
+    path = work / "job.json"
+    path.write_text(json.dumps(job))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, path], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} {path}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,103 @@
+"""One PPO training by TRL 1.12, the last version that has it, on prompts that are tokens already.
+
+    python trl_ppo.py JOB.json
+
+Runs in an environment of its own: see trl_ppo.txt beside this file. fp32, one minibatch a step, no gradient
+accumulation, the whole batch in one pass where TRL lets one choose, no samples printed, nothing saved. The arm
+`no-gc` takes the garbage collections and cache clearings out of its loop.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+
+class Ends(TrainerCallback):
+    """When each step ended: seconds, and seconds of all processors together."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append((time.perf_counter(), time.process_time()))
+
+
+class NoCollector:
+    """Stands for the module `gc` in TRL's."""
+
+    @staticmethod
+    def collect() -> int:
+        return 0
+
+
+def config(job: dict[str, Any], num_prompts: int) -> PPOConfig:
+    return PPOConfig(
+        output_dir=str(Path(job["model"]) / "output"),
+        total_episodes=num_prompts,
+        per_device_train_batch_size=job["batch_size"],
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        num_ppo_epochs=job["num_inner_epochs"],
+        local_rollout_forward_batch_size=job["batch_size"],
+        response_length=job["max_tokens"],
+        stop_token="eos",
+        temperature=1.0,
+        missing_eos_penalty=None,
+        learning_rate=job["learning_rate"],
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        num_sample_generations=0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=job["seed"],
+    )
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    prompts = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32) for _ in range(2))
+    scorers = [
+        AutoModelForSequenceClassification.from_pretrained(job["reward_model"], dtype=torch.float32, num_labels=1)
+        for _ in range(2)
+    ]
+    if job["arm"] == "no-gc":
+        ppo_trainer.gc, ppo_trainer.empty_cache = NoCollector, lambda: None
+    dataset, ends = Dataset.from_list([{"input_ids": prompt} for prompt in prompts]), Ends()
+    trainer = PPOTrainer(
+        args=config(job, len(prompts)),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=scorers[0],
+        value_model=scorers[1],
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(8)),
+        callbacks=[ends],
+    )
+    trainer.train()
+    (began, cpu), (ended, cpu_end) = ends.times[0], ends.times[-1]
+    print(json.dumps({
+        "seconds": ended - began,
+        "cpu": cpu_end - cpu,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
