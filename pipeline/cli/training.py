@@ -268,7 +268,7 @@ def _trainer_of_run(trainer: str, run: Path) -> Callable[[Job, Settings], Report
             job, settings, scoring_model(run, None) if settings.train_ppo.reward == "model" else None
         )
     train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
-    return lambda job, settings: train(job, getattr(settings, f"train_{trainer}"))  # type: ignore[no-any-return]
+    return lambda job, settings: train(job, getattr(settings, f"train_{trainer}"))
 
 
 def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:

@@ -31,7 +31,17 @@ from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
-from pipeline.train.stage import Job, Plan, Report, check_tokenizer, context_of, publish, published, work_folder
+from pipeline.train.stage import (
+    Job,
+    Plan,
+    Report,
+    check_tokenizer,
+    context_of,
+    describe,
+    publish,
+    published,
+    work_folder,
+)
 
 
 def train_ppo(
@@ -63,19 +73,17 @@ def train_ppo(
     networks = open_networks(policy, job.start, source.model, settings, device=job.device)
     task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
     outcome = optimise(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
-    description = {
-        "trainer": "ppo",
-        "identity": identity,
-        "start": {"name": job.start, **fingerprint},
-        "reward": {"name": reward_model or settings.reward, **source.fingerprint},
-        "data": {name: {"sha256": each.digest, "rows": len(each)} for name, each in data.items()},
-        "sources": [str(tally) for tally in tallies],
-        "made_from": job.made_from,
-        "settings": settings.model_dump(mode="json"),
-        "seed": job.seed,
-        "step": outcome.step,
-        "metrics": outcome.metrics,
-    }
+    description = describe(
+        job,
+        settings,
+        outcome,
+        trainer="ppo",
+        identity=identity,
+        start=fingerprint,
+        data={name: {"sha256": each.digest, "rows": len(each)} for name, each in data.items()},
+        tallies=tallies,
+    )
+    description["reward"] = {"name": reward_model or settings.reward, **source.fingerprint}
     extras = ["samples.jsonl"]
     if draw_reward_kl(folder / "metrics.jsonl", folder / "reward_kl.png", kl_budget=settings.kl_budget):
         extras.append("reward_kl.png")

@@ -125,22 +125,48 @@ def train(
     extras, objective = make_extras(opened), make_objective(opened)
     task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
     outcome = _fit(job, task, identity)
-    description = {
+    description = describe(
+        job,
+        settings,
+        outcome,
+        trainer=trainer,
+        identity=identity,
+        start=loaded.fingerprint,
+        data={name: {"sha256": sha256, **counts[name]} for name, sha256 in digests.items()},
+        tallies=tallies,
+        models={name: found["weights"] for name, found in other_models.items()},
+    )
+    if divides:
+        fill(model, trained)
+    ranks.first(lambda: publish(model, adapted, loaded.tokenizer, job, folder, description))
+    return Report(job.out, outcome, counts, is_new=True)
+
+
+def describe(
+    job: Job,
+    settings: TrainSettings,
+    outcome: Outcome,
+    *,
+    trainer: str,
+    identity: str,
+    start: dict[str, str],
+    data: dict[str, dict[str, Any]],
+    tallies: Sequence[rows.Tally],
+    models: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What `training.json` and the card say. start: fingerprint. data: of each part. models: that took part."""
+    return {
         "trainer": trainer,
         "identity": identity,
-        "start": {"name": job.start, **loaded.fingerprint},
-        "data": {name: {"sha256": sha256, **counts[name]} for name, sha256 in digests.items()},
+        "start": {"name": job.start, **start},
+        "data": data,
         "sources": [str(tally) for tally in tallies],
-        "made_from": {**job.made_from, **{name: found["weights"] for name, found in other_models.items()}},
+        "made_from": {**job.made_from, **models},
         "settings": settings.model_dump(mode="json"),
         "seed": job.seed,
         "step": outcome.step,
         "metrics": outcome.metrics,
     }
-    if divides:
-        fill(model, trained)
-    ranks.first(lambda: publish(model, adapted, loaded.tokenizer, job, folder, description))
-    return Report(job.out, outcome, counts, is_new=True)
 
 
 def _fit(job: Job, task: Task, identity: str) -> Outcome:

@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
 from pipeline import nano
@@ -29,23 +30,22 @@ def test_a_model_is_trained_on_a_file(cai: Command, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "models" / "sft")) == 3
 
 
-def test_a_stopped_training_goes_on_where_it_was(cai: Command, tmp_path: Path) -> None:
-    call = ["train-sft", *options(tmp_path), "--out", "sft", "--set", "train_sft.epochs=300"]
-    process = cai.start(*call)
-    log = tmp_path / ".sft.training" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert "the same command goes on" in err
-    num_lines = log.read_bytes().count(b"\n")
-    assert list((tmp_path / ".sft.training" / "checkpoints").glob(f"step-{num_lines:08d}"))
-    process = cai.start(*call)
-    wait_for(lambda: log.read_bytes().count(b"\n") > num_lines)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1))
+@pytest.mark.parametrize("trainer", ["sft", "ppo"])
+def test_a_stopped_training_goes_on_where_it_was(trainer: str, cai: Command, tmp_path: Path) -> None:
+    call = ["train-sft", *options(tmp_path), "--out", "sft"] if trainer == "sft" else ppo_options(tmp_path)
+    call += ["--set", f"train_{trainer}.epochs=300", "--set", f"train_{trainer}.eval_every=1000"]
+    work, steps = tmp_path / f".{trainer}.training", list[int]()
+    log = work / "metrics.jsonl"
+    for _ in range(2):
+        process, seen = cai.start(*call), len(steps)
+        wait_for(lambda seen=seen: log.exists() and log.read_bytes().count(b"\n") > seen + 1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 75, err
+        assert "the same command goes on" in err
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert (work / "checkpoints" / f"step-{steps[-1]:08d}").is_dir()
+    assert steps == list(range(steps[0], steps[0] + len(steps)))
 
 
 def test_kills_in_the_middle_of_a_checkpoint_change_nothing(cai: Command, tmp_path: Path) -> None:
@@ -97,18 +97,6 @@ def ppo_options(folder: Path) -> list[str]:
     keys |= {"value_start": "zero", "save_every": 1}
     settings = [part for key, value in keys.items() for part in ("--set", f"train_ppo.{key}={value}")]
     return ["train-ppo", "--model", "nano", "--data", str(rows), "--out", "ppo", *settings]
-
-
-def test_ppo_stopped_by_a_signal_goes_on_where_it_was(cai: Command, tmp_path: Path) -> None:
-    process = cai.start(*ppo_options(tmp_path), "--set", "train_ppo.epochs=300", "--set", "train_ppo.eval_every=1000")
-    log = tmp_path / ".ppo.training" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert "the same command goes on" in err
-    steps = log.read_bytes().count(b"\n") - 1  # the first line is the evaluation before step 1
-    assert list((tmp_path / ".ppo.training" / "checkpoints").glob(f"step-{steps:08d}"))
 
 
 def test_ppo_learns_from_a_function_and_its_dry_run_writes_nothing(cai: Command, tmp_path: Path) -> None:
