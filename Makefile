@@ -14,7 +14,7 @@ demo: $(SET_UP)
 	@echo
 	$(BIN)/python -m pipeline.evaluate.held_out runs/demo
 	@echo
-	@echo 'Models: runs/demo/models/sft, rm, dpo. Datasets: runs/demo/datasets/. Every file: docs/run-folder.md.'
+	@echo 'Models: runs/demo/models/sft, rm, dpo, ppo. Datasets: runs/demo/datasets/. Every file: docs/run-folder.md.'
 	@echo 'Next: .venv/bin/cai show --run runs/demo              drafts, critiques, word diffs, probabilities'
 	@echo '      .venv/bin/cai try --model nano --set critique_revise.draw=cover "How do I rob the village bank?"'
 	@echo '      .venv/bin/cai init                              in a folder of your own: your principles, your model'
