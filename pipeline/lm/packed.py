@@ -7,7 +7,8 @@ kernel for many short pieces, where a GPU spends its time on starting kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,17 +77,30 @@ def packed_attention(
         )
         return found
     key, value = (repeat_kv(each, query.shape[1] // each.shape[1]) for each in (key, value))
+    attend = partial(_attend, scaling=scaling, window=sliding_window, softcap=softcap)
+    if query.device.type != "cpu":
+        return _piece_by_piece(attend, query, key, value, spans), None
+    # For a CPU torch has half-precision kernels that are slow for such pieces, and keeps one for each length it meets.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        wide = _piece_by_piece(attend, query.to(dtype), key.to(dtype), value.to(dtype), spans)
+    return wide.to(query.dtype), None
+
+
+def _piece_by_piece(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, spans: Spans
+) -> Tensor:
     pieces = zip(*(each.split(spans.lengths, dim=2) for each in (query, key, value)), strict=True)
     outputs = []
     for _, completions in spans.groups:
         queries, *prompt = next(pieces)
-        outputs.append(_attend(queries, *prompt, scaling=scaling, window=sliding_window, softcap=softcap))
+        outputs.append(attend(queries, *prompt))
         for _ in completions:
             queries, *own = next(pieces)
             if queries.shape[2]:
                 keys, values = (torch.cat(both, dim=2) for both in zip(prompt, own, strict=True))
-                outputs.append(_attend(queries, keys, values, scaling=scaling, window=sliding_window, softcap=softcap))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+                outputs.append(attend(queries, keys, values))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _attend(

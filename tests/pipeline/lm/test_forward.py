@@ -13,7 +13,7 @@ from pipeline.errors import EngineRefused
 from pipeline.lm import head
 from pipeline.lm.forward import Group, completion_ends, completion_logps, prepare
 from pipeline.lm.head import token_logps
-from pipeline.lm.packed import PACKED
+from pipeline.lm.packed import PACKED, Spans, packed_attention
 from tests.pipeline.lm.tiny import families, sharpen
 
 LENGTHS = [(30, (7, 12)), (5, (1, 3)), (41, (26, 2, 9)), (12, (4,))]
@@ -180,3 +180,14 @@ def test_the_head_equals_log_softmax_and_its_gradient(
     by_parts = torch.autograd.grad(expected, parts, grad)
     for own, other in zip(torch.autograd.grad(found, parts, grad.float()), by_parts, strict=True):
         assert torch.allclose(own, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_attention_of_half_precision_is_computed_in_fp32_on_a_cpu(autocast: bool) -> None:
+    torch.manual_seed(0)
+    halves = [torch.randn(1, 2, 30, 8).bfloat16() for _ in range(3)]
+    spans = Spans(((10, (12, 0, 8)),))
+    expected, _ = packed_attention(None, *(each.float() for each in halves), None, spans=spans)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = packed_attention(None, *halves, None, spans=spans)
+    assert torch.equal(found, expected.bfloat16())
