@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -251,10 +251,21 @@ def _weights(model: str, config: Any, revision: str | None) -> str:
     if (base := base_of(model)) != model:
         return digest([_weights(base, config, revision), adapter_digest(Path(model))])
     if Path(model).is_dir():
+        _check_headers(model)
         return hash_weights(Path(model))
     if commit := getattr(config, "_commit_hash", None):
         return f"hub {commit}"
     return hash_weights(Path(str(cached_file(model, "config.json", revision=revision))).parent)
+
+
+def _check_headers(model: str) -> None:
+    """Raises EngineRefused for a file of weights that is cut: an engine of others might not say so in a line."""
+    try:
+        for path in Path(model).glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except SafetensorError as error:
+        raise EngineRefused(_refusal(model, None, error)) from error
 
 
 def hash_weights(folder: Path) -> str:

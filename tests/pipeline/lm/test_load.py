@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import EngineRefused
 from pipeline.lm.check import check_decoding
-from pipeline.lm.load import hash_weights, load
+from pipeline.lm.load import hash_weights, identify, load
 from tests.pipeline.lm.tiny import save_tiny, tiny_llama
 
 
@@ -97,8 +97,9 @@ def test_a_folder_without_a_model_or_with_pickled_weights_is_refused(folder: Pat
 def test_a_broken_weight_file_is_refused(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:1000])
-    with pytest.raises(EngineRefused, match="cannot be loaded"):
-        load(str(folder))
+    for look_at in (load, identify):
+        with pytest.raises(EngineRefused, match="cannot be loaded"):
+            look_at(str(folder))
 
 
 def test_unknown_devices_and_dtypes_are_refused(folder: Path) -> None:
