@@ -138,15 +138,8 @@ def optimise(
 
         run.step += 1
         run.num_episodes += len(rollouts.texts)
-        line = {
-            "step": run.step,
-            "epoch": round(run.step / run.per_epoch, 4),
-            "episodes": run.num_episodes,
-            "lr": rate * settings.learning_rate,
-            **learned,
-            **objective,
-            "objective/kl_coef": run.kl_coef,
-        }
+        line = {**run.place(), "lr": rate * settings.learning_rate, **learned, **objective}
+        line["objective/kl_coef"] = run.kl_coef
         run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
         if run.is_due(settings.eval_every):
             line |= run.evaluate()

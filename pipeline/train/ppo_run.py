@@ -64,6 +64,11 @@ class Run:
     def where(self) -> str:
         return f"{self.task.folder}: step {self.step + 1}"
 
+    def place(self) -> Line:
+        """How far training is."""
+        epoch = round(self.step / self.per_epoch, 4)
+        return {"step": self.step, "epoch": epoch, "episodes": self.num_episodes}
+
     def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
         seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
         return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
