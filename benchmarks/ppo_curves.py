@@ -80,7 +80,7 @@ def curve(run: Path, work: Path, arm: Arm) -> Curve:
     start = str(base_model()) if arm.start == "base" else str(run / "models" / "sft")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         task, identity = open_task(run, start, arm, Path(folder))
-        identity = digest([identity, arm, CASES, NUM_LESSONS, NUM_PTX])
+        identity = digest([identity, arm._replace(name=""), CASES, NUM_LESSONS, NUM_PTX])
         if not file.exists() or json.loads(file.read_text())["identity"] != identity:
             print(f"training {arm.name}, seed {arm.seed}", flush=True)
             file.write_text(json.dumps({"identity": identity, **train(task, arm)._asdict()}) + "\n")

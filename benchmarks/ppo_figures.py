@@ -34,13 +34,19 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 DRIFT = {"learning_rate": 2e-4, "num_inner_epochs": 2, "epochs": 5}
 """Twice the demo's rate and updates: whatever the score leaves open drifts."""
-COLLAPSE = {"with KL penalty": {}, "without": {"kl_coef": 0.0}}
-PTX = {"without": COLLAPSE["without"], "without, with ptx": {"kl_coef": 0.0, "ptx_coef": 1.0}}
-"""The demo's KL penalty. Plain PPO is the one without."""
 EVERY = 10
-VALUE = {"reward model": {"value_start": "reward"}, "zero": {"value_start": "zero"}}
+ARMS: dict[str, dict[str, Any]] = {
+    "kl": {},
+    "no-kl": {"kl_coef": 0.0},
+    "ptx": {"kl_coef": 0.0, "ptx_coef": 1.0},
+    "zero": {"value_start": "zero"},
+}
+"""Trainings that differ in this from the one with the demo's KL penalty; parts share them."""
+COLLAPSE = {"with the KL penalty": "kl", "without": "no-kl"}
+PTX = {"plain PPO": "no-kl", "PPO-ptx": "ptx"}
+VALUE = {"the reward model": "kl", "zero": "zero"}
 FROM_BASE = {"kl_coef": 0.05, "epochs": 4}
-EPISODES = {
+EPISODES: dict[str, dict[str, Any]] = {
     "PPO": {"num_inner_epochs": 4},
     "policy gradient": {"advantages": "policy-gradient"},
 }
@@ -97,16 +103,15 @@ class Place(NamedTuple):
     work: Path
     seeds: Sequence[int]
 
-    def curves(self, part: str, arms: dict[str, dict[str, Any]], keys: dict[str, Any], **more: Any) -> Curves:
-        """Arm -> the curve of each seed."""
+    def curves(self, arms: dict[str, str]) -> Curves:
+        """Label -> the curve of each seed; arms: label -> one of ARMS."""
         return {
-            name: [curve(self.run, self.work, Arm(slug(part, name), seed, keys | own, **more)) for seed in self.seeds]
-            for name, own in arms.items()
+            label: [self.curve(Arm(name, seed, DRIFT | ARMS[name], every=EVERY)) for seed in self.seeds]
+            for label, name in arms.items()
         }
 
-
-def slug(*words: Any) -> str:
-    return "-".join(map(str, words)).replace(" ", "-").replace("'", "")
+    def curve(self, arm: Arm) -> Curve:
+        return curve(self.run, self.work, arm)
 
 
 def measurements(curves: Curves, seeds: Sequence[int]) -> list[Measured]:
@@ -139,19 +144,19 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 
 def collapse(place: Place, images: Path) -> tuple[list[Measured], str]:
-    curves = place.curves("drift", COLLAPSE, DRIFT, every=EVERY)
+    curves = place.curves(COLLAPSE)
     plot_collapse(curves, images / "ppo-collapse.png")
     return measurements(curves, place.seeds), at_the_end(curves, place.seeds)
 
 
 def ptx(place: Place, images: Path) -> tuple[list[Measured], str]:
-    curves = place.curves("drift", PTX, DRIFT, every=EVERY)
+    curves = place.curves(PTX)
     plot_ptx(curves, images / "ppo-ptx.png")
     return measurements(curves, place.seeds), at_the_end(curves, place.seeds)
 
 
 def value(place: Place, images: Path) -> tuple[list[Explained], str]:
-    curves = place.curves("value", VALUE, {})
+    curves = place.curves(VALUE)
     plot_value(curves, images / "ppo-value.png")
     found = [
         Explained(name, seed, line["step"], line["val/explained_variance"], line["objective/scores"])
@@ -170,11 +175,9 @@ def value(place: Place, images: Path) -> tuple[list[Explained], str]:
 
 def episodes(place: Place, images: Path) -> tuple[list[Reached], str]:
     curves = {
-        (name, rate): own
+        (name, rate): [place.curve(race(name, rate, seed)) for seed in place.seeds]
         for rate in RATES
-        for name, own in place.curves(
-            f"episodes-{rate:g}", EPISODES, {**FROM_BASE, "learning_rate": rate}, start="base", target=TARGET
-        ).items()
+        for name in EPISODES
     }
     plot_episodes(curves, images / "ppo-episodes.png", target=TARGET)
     found = [
@@ -187,6 +190,12 @@ def episodes(place: Place, images: Path) -> tuple[list[Reached], str]:
         own = [[each.episodes for each in found if each[:2] == (name, rate)] for rate in RATES]
         lines.append([name, *map(median_and_all, own)])
     return found, table([f"episodes to a score of {TARGET:g}", *(f"rate {rate:g}" for rate in RATES)], lines)
+
+
+def race(name: str, rate: float, seed: int) -> Arm:
+    """A training that ends at the target."""
+    keys = {**FROM_BASE, "learning_rate": rate, **EPISODES[name]}
+    return Arm(f"{name.replace(' ', '-')}-{rate:g}", seed, keys, start="base", target=TARGET)
 
 
 def median_and_all(found: Sequence[int | None]) -> str:
