@@ -3,13 +3,14 @@
 Drawn by `lm.decode`, which retires finished rows and keeps the drawn token's log-probability alone. A decoder lives for
 one batch, so that no cached prefix outlives the weights it was computed with. What a completion draws depends on its
 seed alone, and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities
-that training compares with are computed again, in the pass that training itself uses.
+that training compares with are computed again, in the pass that training itself uses. Several processes deal the
+prompts among themselves, and all have all rollouts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from pipeline.lm import decode
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
-from pipeline.train.batches import Data, microbatches
+from pipeline.train import ranks
+from pipeline.train.batches import Data, own_microbatches
 from pipeline.train.loop import autocast
 from pipeline.train.networks import Networks
 from pipeline.train.prompts import Prompts
@@ -57,7 +59,7 @@ def roll_out(
     networks: Networks, chat: Chat, prompts: Prompts, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
 ) -> Rollouts:
     """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn."""
-    drawn = sample(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
+    drawn = _dealt_samples(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
     data, texts = Data(), [chat.text(one.completion) for one in drawn]
     for place, row in enumerate(rows):
         own = slice(place * num_samples, (place + 1) * num_samples)
@@ -80,10 +82,21 @@ def roll_out(
     )
 
 
-def sample(
+def _dealt_samples(
     networks: Networks, chat: Chat, data: Data, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
 ) -> list[decode.Row]:
-    """The completions, num_samples for each row, in order."""
+    """The completions, num_samples for each row, in order; this process draws every so many-th row's."""
+    places = range(ranks.rank(), len(rows), ranks.size())
+    own = {place: rows[place] for place in places}
+    drawn = ranks.together(lambda: sample(networks, chat, data, own, seed=seed, num_samples=num_samples))
+    parts = [iter(part) for part in ranks.gather(drawn)]
+    return [next(parts[place % ranks.size()]) for place in range(len(rows)) for _ in range(num_samples)]
+
+
+def sample(
+    networks: Networks, chat: Chat, data: Data, rows: Mapping[int, int], *, seed: Sequence[int], num_samples: int
+) -> list[decode.Row]:
+    """The completions, num_samples for each row, in order. rows: place in the batch -> row."""
     settings = networks.settings
     waiting = [
         decode.Row(
@@ -93,7 +106,7 @@ def sample(
             seed=draw_seed(*seed, place, number),
             eos=chat.eos,
         )
-        for place, row in enumerate(rows)
+        for place, row in rows.items()
         for number in range(num_samples)
     ]
     packed, was_training = networks.policy.config._attn_implementation, networks.policy.training
@@ -118,13 +131,18 @@ def draw_seed(*numbers: int) -> int:
 def _read(networks: Networks, data: Data, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T) each: logps, ref_logps, values."""
     logps, ref_logps, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
-    for rows in microbatches(data, range(len(data)), max_tokens=networks.settings.microbatch_tokens):
-        groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
-        found = networks.predict(groups)
-        put(logps, numbers, mask, found.logps)
-        put(ref_logps, numbers, mask, networks.reference_logps(groups))
-        if found.values is not None:
-            put(values, numbers, mask, found.values)
+
+    def read() -> None:
+        for rows in own_microbatches(data, range(len(data)), max_tokens=networks.settings.microbatch_tokens):
+            groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
+            found = networks.predict(groups)
+            put(logps, numbers, mask, found.logps)
+            put(ref_logps, numbers, mask, networks.reference_logps(groups))
+            if found.values is not None:
+                put(values, numbers, mask, found.values)
+
+    ranks.together(read)
+    ranks.add_up([logps, ref_logps, values])
     return logps, ref_logps, values
 
 
