@@ -10,7 +10,6 @@ accumulation, the whole batch in one pass where TRL lets one choose, no samples 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peak import peak_kib
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -97,7 +97,7 @@ def main() -> None:
     print(json.dumps({
         "seconds": ended - began,
         "cpu": cpu_end - cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_kib(),
     }))  # fmt: skip
 
 
