@@ -119,7 +119,7 @@ class _Call:
 
         if self._is_late():
             raise StoppedError("stopped at run.max_time; the same command goes on from here")
-        train_in_run(self.console, self.job, trainer, is_late=self._is_late)
+        train_in_run(self.console, self.job, trainer, is_late=self._is_late, spent=self.spent)
         stop_on_signals()
 
     def _is_late(self) -> bool:
