@@ -128,18 +128,21 @@ def train_ppo_command(console: Console, reward_model: str | None, **options: Any
 
 
 def _train_ppo(job: Job, settings: Settings, reward_model: str | None) -> Report:
-    """With the reward that the settings name."""
+    """With the reward and the sampler that the settings name."""
     from constitution.principles import Constitution
     from pipeline.jobs import constitution_file
     from pipeline.live_judge import live_judge
     from pipeline.train.ppo import train_ppo
+    from pipeline.vllm_rollouts import vllm_sampler
 
     ppo = settings.train_ppo
-    if ppo.reward not in ("judge", "graded"):
-        return train_ppo(job, ppo, reward_model=reward_model)
-    constitution = Constitution.load(constitution_file(settings))
-    with live_judge(settings, constitution, job.start, ppo.reward) as judge:
-        return train_ppo(job, ppo, judge=judge)
+    with ExitStack() as held:
+        sampler = held.enter_context(vllm_sampler(settings)) if ppo.sampler == "vllm" else None
+        if ppo.reward not in ("judge", "graded"):
+            return train_ppo(job, ppo, reward_model=reward_model, sampler=sampler)
+        constitution = Constitution.load(constitution_file(settings))
+        judge = held.enter_context(live_judge(settings, constitution, job.start, ppo.reward))
+        return train_ppo(job, ppo, judge=judge, sampler=sampler)
 
 
 def _train(

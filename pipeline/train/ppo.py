@@ -31,6 +31,7 @@ from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
+from pipeline.train.samplers import Sampler
 from pipeline.train.stage import (
     Job,
     Plan,
@@ -45,14 +46,24 @@ from pipeline.train.stage import (
 
 
 def train_ppo(
-    job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None, judge: Source | None = None
+    job: Job,
+    settings: TrainPpoSettings,
+    *,
+    reward_model: str | None = None,
+    judge: Source | None = None,
+    sampler: Sampler | None = None,
 ) -> Report:
-    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones."""
+    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones.
+
+    sampler: what the settings' sampler is, unless it is training itself.
+    """
     if ranks.size() > 1:
         raise ranks.shared(UsageError("train-ppo runs as one process; start it without torchrun"))
     if settings.lora or job.trackers:
         unread = "train_ppo.lora" if settings.lora else "run.trackers"
         raise UsageError(f"{unread}: PPO does not have this yet; leave it out")
+    if settings.sampler != "decode" and sampler is None:
+        raise UsageError(f"train_ppo.sampler: {settings.sampler}: no sampler here")
     loaded = load(job.start, dtype="float32", device=job.device)
     policy, fingerprint = loaded.model, loaded.fingerprint
     check_tokenizer(loaded.tokenizer, policy.get_input_embeddings().num_embeddings, job.start)
@@ -71,7 +82,9 @@ def train_ppo(
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = work_folder(job.out, identity, job.say)
     networks = open_networks(policy, job.start, source.model, settings, device=job.device)
-    task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
+    task = Task(
+        networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed, sampler
+    )
     outcome = optimise(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
         job,

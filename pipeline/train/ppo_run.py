@@ -25,6 +25,7 @@ from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
 from pipeline.train.prompts import Prompts
 from pipeline.train.rewards import Score
 from pipeline.train.rollouts import Rollouts, roll_out
+from pipeline.train.samplers import DrawOutside, Sampler, draw_here
 
 EVAL = -1
 """Stands for the step in the seeds of validation completions: the same draws at every evaluation."""
@@ -32,7 +33,10 @@ EVAL = -1
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work."""
+    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work.
+
+    sampler: that draws in the place of training itself.
+    """
 
     networks: Networks
     chat: Chat
@@ -43,6 +47,7 @@ class Task:
     settings: TrainPpoSettings
     folder: Path
     seed: int
+    sampler: Sampler | None = None
 
 
 class Run:
@@ -52,6 +57,7 @@ class Run:
         self.task, self.settings = task, task.settings
         self.per_epoch = steps_per_epoch(len(task.prompts), self.settings.batch_size)
         self.total = self.per_epoch * self.settings.epochs
+        self.draw = DrawOutside(task.sampler, task.folder / "sampler") if task.sampler else draw_here
         self.learners: dict[str, Learner] = make_learners(task.networks)
         policy = self.learners["policy"].parameters
         self.average = {name: p.detach().clone() for name, p in policy.items()} if self.settings.ema_decay else {}
@@ -71,7 +77,9 @@ class Run:
 
     def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
         seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
-        return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
+        return roll_out(
+            self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples, draw=self.draw
+        )
 
     def count_tokens(self, rollouts: Rollouts) -> int:
         self.num_tokens += sum(map(rollouts.data.num_tokens, range(len(rollouts.data))))

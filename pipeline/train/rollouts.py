@@ -1,9 +1,8 @@
 """Rollouts: completions that the policy draws, with what the networks say of each of their tokens.
 
-Drawn by `lm.decode`, which retires finished rows and keeps the drawn token's log-probability alone. A decoder lives for
-one batch, so that no cached prefix outlives the weights it was computed with. What a completion draws depends on its
-seed alone, and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities
-that training compares with are computed again, in the pass that training itself uses.
+Of what is drawn the drawn token's log-probability alone is kept. What a completion draws depends on its seed alone,
+and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities that training
+compares with are computed again, in the pass that training itself uses.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ from pipeline.lm import decode
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train.batches import Data, microbatches
-from pipeline.train.loop import autocast
 from pipeline.train.networks import Networks
 from pipeline.train.prompts import Prompts
 from pipeline.train.rows import Row
-
-MAX_ROWS = 128
-"""Completions that are drawn at a time."""
+from pipeline.train.samplers import Draw, draw_here
 
 
 class Rollouts(NamedTuple):
@@ -54,10 +50,17 @@ class Rollouts(NamedTuple):
 
 
 def roll_out(
-    networks: Networks, chat: Chat, prompts: Prompts, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
+    networks: Networks,
+    chat: Chat,
+    prompts: Prompts,
+    rows: Sequence[int],
+    *,
+    seed: Sequence[int],
+    num_samples: int,
+    draw: Draw = draw_here,
 ) -> Rollouts:
     """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn."""
-    drawn = sample(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
+    drawn = sample(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples, draw=draw)
     data, texts = Data(), [chat.text(one.completion) for one in drawn]
     for place, row in enumerate(rows):
         own = slice(place * num_samples, (place + 1) * num_samples)
@@ -81,7 +84,14 @@ def roll_out(
 
 
 def sample(
-    networks: Networks, chat: Chat, data: Data, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
+    networks: Networks,
+    chat: Chat,
+    data: Data,
+    rows: Sequence[int],
+    *,
+    seed: Sequence[int],
+    num_samples: int,
+    draw: Draw,
 ) -> list[decode.Row]:
     """The completions, num_samples for each row, in order."""
     settings = networks.settings
@@ -96,15 +106,7 @@ def sample(
         for place, row in enumerate(rows)
         for number in range(num_samples)
     ]
-    packed, was_training = networks.policy.config._attn_implementation, networks.policy.training
-    networks.policy.set_attn_implementation(networks.attention)
-    try:
-        with autocast(networks.policy, settings):
-            for _ in decode.decode(decode.Decoder(networks.policy, max_rows=MAX_ROWS), waiting):
-                pass
-    finally:
-        networks.policy.set_attn_implementation(packed)
-        networks.policy.train(was_training)
+    draw(networks, waiting)
     return waiting
 
 
