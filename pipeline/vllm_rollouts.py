@@ -24,6 +24,7 @@ from pipeline.engines.vllm_model import (
     sampling_params,
     told,
 )
+from pipeline.engines.vllm_worker import ReadsAgain
 from pipeline.errors import EngineDown, EngineRefused, UsageError
 from pipeline.lm.decode import Row
 from pipeline.lm.load import load_config, pick_device, release_memory
@@ -76,7 +77,7 @@ class VllmSampler:
             return self._model
         await self._model.wake()
         if reads:
-            await self._model.llm.collective_rpc("reload_weights")
+            await self._model.llm.collective_rpc(ReadsAgain.read_weights_again.__name__)
             if not await self._model.llm.reset_prefix_cache():
                 raise EngineDown("vLLM kept prefixes of older weights; run again")
         return self._model
@@ -125,6 +126,7 @@ def vllm_sampler(settings: Settings) -> Iterator[VllmSampler]:
             "gpu_memory_utilization": engine.gpu_memory_utilization,
             # Of the distribution that is drawn from: after the temperature.
             "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": f"{ReadsAgain.__module__}.{ReadsAgain.__qualname__}",
             **(lora_arguments(1, ppo.lora.r) if ppo.lora else {}),
         },
         ppo.max_length,

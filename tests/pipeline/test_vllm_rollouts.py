@@ -12,7 +12,6 @@ from pipeline.config.settings import Settings
 from pipeline.errors import UsageError
 from pipeline.vllm_rollouts import vllm_sampler
 from tests.pipeline.engines.test_open_engine import install_vllm
-from tests.support import Command
 
 
 def settings(engine: dict[str, Any] | None = None, **ppo: Any) -> Settings:

@@ -100,8 +100,8 @@ def test_a_whole_training_draws_with_vllm_and_leaves_no_process(cai: Command, tm
     )
     keys = {**KEYS_HERE, "sampler": "vllm", "reward": f"{tmp_path}/likes.py:score", "eval_every": 1, "ema_decay": 0.5}
     data = write_rows(tmp_path / "rows.jsonl")
-    call = ["train-ppo", "--data", data, "--model", "nano", "--out", tmp_path / "ppo"]
-    done = cai(*call, *(part for key, value in keys.items() for part in ("--set", f"train_ppo.{key}={value}")), timeout=300)
+    said = [part for key, value in keys.items() for part in ("--set", f"train_ppo.{key}={value}")]
+    done = cai("train-ppo", "--data", data, "--model", "nano", "--out", tmp_path / "ppo", *said, timeout=300)
     assert done.returncode == 0, done.stderr
     start, *steps = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
