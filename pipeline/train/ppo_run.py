@@ -59,6 +59,8 @@ class Run:
         self.total = self.per_epoch * self.settings.epochs
         self.draw = DrawOutside(task.sampler, task.folder / "sampler") if task.sampler else draw_here
         self.learners: dict[str, Learner] = make_learners(task.networks)
+        for learner in self.learners.values():
+            ranks.copy_from_first([parameter.detach() for parameter in learner.parameters.values()])
         policy = self.learners["policy"].parameters
         self.average = {name: p.detach().clone() for name, p in policy.items()} if self.settings.ema_decay else {}
         self.kl_coef = self.settings.kl_coef
@@ -149,7 +151,7 @@ class Run:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
         newest, sizes = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), [0, 0]
         if newest:
-            state, tensors = checkpoints.require(newest, training=self.task.folder)
+            state, tensors = ranks.together(lambda: checkpoints.require(newest, training=self.task.folder))
             sizes, self.best.state = state.pop("bytes"), state.pop("best")
             for name, value in state.items():
                 setattr(self, name, value)
@@ -168,9 +170,10 @@ class Run:
             return Outcome(self.step, {})
         if not self.best.step:
             warn(f"no evaluation within kl_budget {self.settings.kl_budget}: the folder holds the starting model")
-            _copy(dict(self.task.networks.policy.named_parameters()), self.task.networks.reference.state_dict())
+            self.task.networks.restart()
             return Outcome(0, {})
-        _, tensors = checkpoints.require(self.task.folder / "best", training=self.task.folder, step=self.best.step)
+        work, step = self.task.folder, self.best.step
+        _, tensors = ranks.together(lambda: checkpoints.require(work / "best", training=work, step=step))
         _copy(self.learners["policy"].parameters, tensors("policy"))
         return Outcome(self.best.step, self.best.metrics)
 

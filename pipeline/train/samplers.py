@@ -10,6 +10,7 @@ from typing import Protocol
 from pipeline.lm.decode import Decoder, Row, decode
 from pipeline.store import io_errors
 from pipeline.train.loop import autocast
+from pipeline.train.lora import save_adapter
 from pipeline.train.networks import Networks
 
 MAX_ROWS = 128
@@ -43,13 +44,25 @@ def draw_here(networks: Networks, rows: Sequence[Row]) -> None:
 
 
 class DrawOutside:
-    """Hands the policy's weights over in a folder, before every draw."""
+    """Hands the policy over in a folder, before every draw: all its weights, or once its start and then its adapter."""
 
     def __init__(self, sampler: Sampler, folder: Path) -> None:
-        self.sampler, self.weights = sampler, folder
+        self.sampler, self.weights, self.adapter = sampler, folder / "weights", folder / "adapter"
+        self._has_start = False
 
     def __call__(self, networks: Networks, rows: Sequence[Row]) -> None:
-        shutil.rmtree(self.weights, ignore_errors=True)
         with io_errors(self.weights):
+            adapter = self._write(networks)
+        self.sampler(rows, self.weights, adapter)
+
+    def _write(self, networks: Networks) -> Path | None:
+        if networks.adapted is None:
+            shutil.rmtree(self.weights, ignore_errors=True)
             networks.policy.save_pretrained(self.weights)
-        self.sampler(rows, self.weights, None)
+            return None
+        if not self._has_start:
+            networks.reference.save_pretrained(self.weights)
+            self._has_start = True
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        save_adapter(networks.adapted, networks.policy, self.adapter)
+        return self.adapter

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -100,7 +101,7 @@ def train(
     """
     check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
-    loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
+    loaded = ranks.together(lambda: load_start(job, settings, head, divides=divides))
     model = loaded.model
     check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer)
@@ -124,7 +125,8 @@ def train(
     opened = Opened(trained, data["train"], data["test"], loaded.fingerprint, chat)
     extras, objective = make_extras(opened), make_objective(opened)
     task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
-    outcome = _fit(job, task, identity)
+    with followed(job, settings, folder, identity) as watch:
+        outcome = fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
         job,
         settings,
@@ -169,19 +171,21 @@ def describe(
     }
 
 
-def _fit(job: Job, task: Task, identity: str) -> Outcome:
+@contextmanager
+def followed(job: Job, settings: TrainSettings, folder: Path, identity: str) -> Iterator[Callable[[Progress], None]]:
+    """What is to be told of every step: it tells the job's trackers and its watcher."""
     names = job.trackers if ranks.rank() == 0 else ()
-    shown = task.settings.model_dump(mode="json")
-    with following(names, task.folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
+    shown = settings.model_dump(mode="json")
+    with following(names, folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
 
         def watch(progress: Progress) -> None:
             follow()
             job.watch(progress)
 
-        return fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
+        yield watch
 
 
-def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Loaded:
+def load_start(job: Job, settings: TrainSettings, head: Head, *, divides: bool = False) -> Loaded:
     """The start: in fp32 if all of it is trained, frozen weights also as they are stored. divides: by FSDP, later."""
     lora = settings.lora
     if divides and lora and lora.quantize:
