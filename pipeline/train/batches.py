@@ -18,6 +18,7 @@ import torch
 
 from pipeline.lm.forward import Group
 from pipeline.lm.templates import Chat
+from pipeline.train import ranks
 from pipeline.train.rows import Row
 
 TooLong = Literal["drop", "cut"]
@@ -181,6 +182,16 @@ def dealt_microbatches(
     parts = [list(microbatches(data, share, max_tokens=max_tokens)) for share in deal(data, rows, size)]
     yield from parts[rank]
     yield from [[]] * (max(map(len, parts)) - len(parts[rank]))
+
+
+def own_microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
+    """Those of this process, where none waits for the others' in between."""
+    return microbatches(data, own_share(data, rows), max_tokens=max_tokens)
+
+
+def own_share(data: Data, rows: Sequence[int]) -> list[int]:
+    """Those of the rows that are this process's."""
+    return deal(data, rows, ranks.size())[ranks.rank()]
 
 
 def microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:

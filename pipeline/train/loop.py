@@ -212,24 +212,11 @@ class _Run:
 
     def _forward(self, data: Data, rows: Sequence[int], weight: float | None) -> Terms:
         """The rows' terms; adds to the gradient if given a weight, which is that of each."""
-        with self._enough_memory(data, rows):
+        with enough_memory(f"{self.task.folder}: step {self.step + 1}", data, rows):
             terms = self._terms(data, rows)
             if weight is not None:
                 (terms.losses.sum() * weight).backward()
         return terms
-
-    @contextmanager
-    def _enough_memory(self, data: Data, rows: Sequence[int]) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            num_tokens = sum(map(data.num_tokens, rows))
-            raise ResourceError(
-                f"{self.task.folder}: step {self.step + 1}: out of memory with {num_tokens} tokens "
-                f"({_names(data, rows)}); lower microbatch_tokens or max_length, or set gradient_checkpointing"
-            ) from error
 
     def _terms(self, data: Data, rows: Sequence[int]) -> Terms:
         with autocast(self.model, self.settings):
@@ -312,6 +299,21 @@ class _Run:
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(shards.like(tensors[name], parameter))
+
+
+@contextmanager
+def enough_memory(where: str, data: Data, rows: Sequence[int]) -> Iterator[None]:
+    """Has ResourceError say what was computed when memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        num_tokens = sum(map(data.num_tokens, rows))
+        raise ResourceError(
+            f"{where}: out of memory with {num_tokens} tokens ({_names(data, rows)}); "
+            "lower microbatch_tokens or max_length, or set gradient_checkpointing"
+        ) from error
 
 
 def _names(data: Data, rows: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from pipeline.lm.forward import (
 )
 from pipeline.lm.load import load
 from pipeline.train.loop import autocast, silence_dropout
+from pipeline.train.lora import attach
 
 Parameters = dict[str, Tensor]
 
@@ -40,10 +41,13 @@ class Predictions(NamedTuple):
 class Networks:
     """value_model: a reward model that is trained on; value_head: (H,) -> () on the policy's last states. One or none.
 
-    attention: the policy's implementation for decoding; `lm.forward.prepare` has chosen another one for packed rows.
+    adapted: peft's view of a policy with adapters; the reference then has the same weights below them, and the value
+    model those of the reward model. attention: the policy's implementation for decoding; `lm.forward.prepare` has
+    chosen another one for packed rows.
     """
 
     policy: Any
+    adapted: Any | None
     reference: Any
     value_model: Any | None
     value_head: torch.nn.Linear | None
@@ -59,6 +63,16 @@ class Networks:
         if self.value_model is not None:
             found["value"] = _trained(self.value_model)
         return found
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Puts the policy back to its start; adapters then have no effect."""
+        start = dict(self.reference.named_parameters())
+        for name, parameter in _trained(self.policy).items():
+            if name in start:
+                parameter.copy_(start[name])
+            else:
+                parameter.zero_()
 
     def predict(self, groups: Sequence[Group], *, with_entropies: bool = False) -> Predictions:
         """One pass through the policy, one through a value model of its own."""
@@ -87,29 +101,43 @@ class Networks:
 
 
 def open_networks(
-    policy: Any, start: str, reward_model: Any | None, settings: TrainPpoSettings, *, device: str
+    policy: Any, start: str, reward_model: Any | None, settings: TrainPpoSettings, *, device: str, seed: int = 0
 ) -> Networks:
-    """policy: just loaded, in fp32, from `start`. reward_model: what the value function begins as, None: nothing to.
+    """policy: just loaded from `start`, in fp32 but for weights that stay frozen. seed: of adapters.
 
-    With value_start zero, or without a reward model, it begins as the policy with a head of zeros.
+    reward_model: what the value function begins as; with value_start zero, or without one, it begins as the policy
+    with a head of zeros.
     """
-    attention = policy.config._attn_implementation
+    attention, dtype = policy.config._attn_implementation, policy.dtype
     prepare(policy)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = _copy(policy, settings).requires_grad_(False)
+    adapted = attach(policy, settings.lora, head="language", seed=seed) if settings.lora else None
     silence_dropout(policy, settings)
     value_model = value_head = None
     start_as = reward_model if settings.value_start == "reward" else None
     if settings.advantages == "gae" and settings.value == "joint":
         value_head = _joint_head(policy, start_as)
     elif settings.advantages == "gae":
-        value_model = _blank_value_model(start, device) if start_as is None else copy.deepcopy(start_as).float()
-        value_model.requires_grad_(True)
-        silence_dropout(value_model, settings)
-    return Networks(policy, reference, value_model, value_head, attention, settings)
+        value_model = _blank_value_model(start, device, dtype) if start_as is None else _copy(start_as, settings)
+        _open_for_training(value_model, settings, seed)
+    return Networks(policy, adapted, reference, value_model, value_head, attention, settings)
 
 
-def _blank_value_model(start: str, device: str) -> Any:
-    model = load(start, dtype="float32", device=device, head="score").model
+def _copy(model: Any, settings: TrainPpoSettings) -> Any:
+    """A model like it; with adapters its weights never change, and both have the same."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()} if settings.lora else {})
+
+
+def _open_for_training(model: Any, settings: TrainPpoSettings, seed: int) -> None:
+    if settings.lora:
+        attach(model, settings.lora, head="score", seed=seed)
+    else:
+        model.float().requires_grad_(True)
+    silence_dropout(model, settings)
+
+
+def _blank_value_model(start: str, device: str, dtype: torch.dtype) -> Any:
+    model = load(start, dtype=str(dtype).removeprefix("torch."), device=device, head="score").model
     torch.nn.init.zeros_(model.score.weight)
     prepare(model)
     return model

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
-from pipeline.lm.load import ends, load, load_tokenizer
+from pipeline.lm.load import ends, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.train import ranks, rows
@@ -31,6 +31,7 @@ from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
+from pipeline.train.samplers import Sampler
 from pipeline.train.stage import (
     Job,
     Plan,
@@ -38,41 +39,53 @@ from pipeline.train.stage import (
     check_tokenizer,
     context_of,
     describe,
+    followed,
+    load_start,
     publish,
     published,
     work_folder,
 )
+from pipeline.train.trackers import check_installed
 
 
 def train_ppo(
-    job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None, judge: Source | None = None
+    job: Job,
+    settings: TrainPpoSettings,
+    *,
+    reward_model: str | None = None,
+    judge: Source | None = None,
+    sampler: Sampler | None = None,
 ) -> Report:
-    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones."""
-    if ranks.size() > 1:
-        raise ranks.shared(UsageError("train-ppo runs as one process; start it without torchrun"))
-    if settings.lora or job.trackers:
-        unread = "train_ppo.lora" if settings.lora else "run.trackers"
-        raise UsageError(f"{unread}: PPO does not have this yet; leave it out")
-    loaded = load(job.start, dtype="float32", device=job.device)
+    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones.
+
+    sampler: what the settings' sampler is, unless it is training itself.
+    """
+    check_installed(job.trackers)
+    _check_sampler(settings, sampler)
+    if ranks.size() > 1 and settings.parallel == "fsdp":
+        raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
+    loaded = ranks.together(lambda: load_start(job, settings, "language"))
     policy, fingerprint = loaded.model, loaded.fingerprint
     check_tokenizer(loaded.tokenizer, policy.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer, eos=ends(policy.config.get_text_config(), policy.generation_config))
     context = context_of(policy.config)
-    prompts, tallies = _read_prompts(job, settings, chat, context)
-    ptx = _read_ptx(job, settings, chat, context, tallies)
+    prompts, tallies = ranks.together(lambda: _read_prompts(job, settings, chat, context))
+    ptx = ranks.together(lambda: _read_ptx(job, settings, chat, context, tallies))
     counts = {name: dict(each.counts) for name, each in prompts.items()}
-    source = judge or _open_reward(settings, reward_model, job, fingerprint["tokenizer"])
+    source = judge or ranks.together(lambda: _open_reward(settings, reward_model, job, fingerprint["tokenizer"]))
     data = {name: each.data for name, each in prompts.items()} | ({"ptx": ptx} if ptx else {})
     identity = digest(
         ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, fingerprint, source.fingerprint]
         + [[each.digest, each.ids] for each in data.values()]
     )
-    if found := published(job.out, identity):
+    if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
-    folder = work_folder(job.out, identity, job.say)
-    networks = open_networks(policy, job.start, source.model, settings, device=job.device)
-    task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
-    outcome = optimise(task, watch=job.watch, warn=job.say, should_stop=job.should_stop)
+    folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
+    networks = open_networks(policy, job.start, source.model, settings, device=job.device, seed=job.seed)
+    parts = (prompts["train"], prompts["test"], ptx)
+    task = Task(networks, chat, *parts, source.score, settings, folder, job.seed, source.measure, sampler)
+    with followed(job, settings, folder, identity) as watch:
+        outcome = optimise(task, watch=watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
         job,
         settings,
@@ -84,10 +97,14 @@ def train_ppo(
         tallies=tallies,
     )
     description["reward"] = {"name": reward_model or settings.reward, **source.fingerprint}
-    extras = ["samples.jsonl"]
-    if draw_reward_kl(folder / "metrics.jsonl", folder / "reward_kl.png", kl_budget=settings.kl_budget):
-        extras.append("reward_kl.png")
-    publish(policy, None, loaded.tokenizer, job, folder, description, extras=extras)
+
+    def out() -> None:
+        extras = ["samples.jsonl"]
+        if draw_reward_kl(folder / "metrics.jsonl", folder / "reward_kl.png", kl_budget=settings.kl_budget):
+            extras.append("reward_kl.png")
+        publish(policy, networks.adapted, loaded.tokenizer, job, folder, description, extras=extras)
+
+    ranks.first(out)
     return Report(job.out, outcome, counts, is_new=True)
 
 
@@ -113,12 +130,13 @@ def optimise(
         rollouts = run.roll_out(task.prompts, batch, step=run.step)
         clock.lap("rollout")
 
-        scores = shaped_scores(task.score(rollouts), rollouts.has_ended, settings)
+        scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
         check_finite(run.where, {"score": float(scores.sum())})
         targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
         objective = objective_metrics(
             rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
         )
+        objective |= {f"objective/{name}": value for name, value in task.measure().items()}
         clock.lap("score")
 
         rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
@@ -168,8 +186,9 @@ def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:
     one = measure(job.start, longest, settings, job.device, "language")
     trained = 2 if settings.advantages == "gae" and settings.value == "separate" else 1
     frozen = 2 if settings.reward in ("model", "policy") else 1
+    copies = max(trained, frozen) if settings.lora else trained + frozen  # adapters lie on the frozen ones
     memory = one._replace(
-        weights=one.weights * (trained + frozen),
+        weights=one.weights * copies,
         gradients=one.gradients * trained,
         optimizer=one.optimizer * trained,
         activations=one.activations * trained,
@@ -205,6 +224,13 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
     found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
     return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+
+
+def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:
+    if settings.sampler != "decode" and sampler is None:
+        raise UsageError(f"train_ppo.sampler: {settings.sampler}: no sampler here")
+    if settings.sampler == "vllm" and ranks.size() > 1:
+        raise ranks.shared(UsageError("train_ppo.sampler: vllm serves one process; start it without torchrun"))
 
 
 def _open_reward(settings: TrainPpoSettings, name: str | None, job: Job, tokenizer: str) -> Source:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import DivergedError
 from pipeline.lm.forward import completion_logps
+from pipeline.train import ranks
 from pipeline.train.advantages import (
     generalised_advantages,
     group_relative,
@@ -27,8 +29,8 @@ from pipeline.train.advantages import (
     token_rewards,
     whiten,
 )
-from pipeline.train.batches import Data, batch_at, microbatches
-from pipeline.train.loop import Tally, Terms, autocast
+from pipeline.train.batches import Data, batch_at, own_microbatches
+from pipeline.train.loop import Tally, Terms, autocast, enough_memory
 from pipeline.train.losses import ppo_policy_loss, ppo_value_loss, sft_loss
 from pipeline.train.networks import Networks, Parameters
 from pipeline.train.optimizer import make_optimizer
@@ -114,13 +116,15 @@ def update(
         for learner in learners.values():
             learner.optimizer.zero_grad(set_to_none=True)
         own = Tally()
-        backward(networks, rollouts, targets, rows, own.add)
+        ranks.together(partial(backward, networks, rollouts, targets, rows, own.add, where=where))
         approxkl = own.means()["policy/approxkl"]
         if settings.max_approxkl is not None and approxkl > settings.max_approxkl:
             break
         if ptx is not None:
             at = step * per_epoch * settings.num_inner_epochs + number
-            backward_ptx(networks, ptx, len(rows), at, seed, tally.add)
+            ranks.together(partial(backward_ptx, networks, ptx, len(rows), at, seed, tally.add, where=where))
+        for learner in learners.values():
+            _add_up(learner)
         norms.append({name: _clip(learner, settings) for name, learner in learners.items()})
         check_finite(where, {"loss": own.means()["loss"], **norms[-1]})
         for learner in learners.values():
@@ -142,14 +146,24 @@ def minibatches(num_rows: int, settings: TrainPpoSettings, *, seed: Sequence[int
 
 
 def backward(
-    networks: Networks, rollouts: Rollouts, targets: Targets, rows: Sequence[int], note: Callable[[Terms], None]
+    networks: Networks,
+    rollouts: Rollouts,
+    targets: Targets,
+    rows: Sequence[int],
+    note: Callable[[Terms], None],
+    *,
+    where: str,
 ) -> None:
-    """Adds the gradient of a minibatch's loss: policy, value and entropy terms, each its mean over the tokens."""
+    """Adds the gradient of a minibatch's loss: policy, value and entropy terms, each its mean over the tokens.
+
+    Of several processes each adds its share.
+    """
     data = rollouts.data
     num_tokens = int(rollouts.completion_mask[completions_of(data, rows)].sum())
-    for part in microbatches(data, rows, max_tokens=networks.settings.microbatch_tokens):
-        terms = ppo_terms(networks, rollouts, targets, part)
-        (terms.losses.sum() / num_tokens).backward()
+    for part in own_microbatches(data, rows, max_tokens=networks.settings.microbatch_tokens):
+        with enough_memory(where, data, part):
+            terms = ppo_terms(networks, rollouts, targets, part)
+            (terms.losses.sum() / num_tokens).backward()
         note(terms)
 
 
@@ -185,7 +199,14 @@ def ppo_terms(networks: Networks, rollouts: Rollouts, targets: Targets, rows: Se
 
 
 def backward_ptx(
-    networks: Networks, ptx: Data, num_prompts: int, number: int, seed: int, note: Callable[[Terms], None]
+    networks: Networks,
+    ptx: Data,
+    num_prompts: int,
+    number: int,
+    seed: int,
+    note: Callable[[Terms], None],
+    *,
+    where: str,
 ) -> None:
     """PPO-ptx: adds ptx_coef times the gradient of the mean negative log-likelihood of other data's tokens.
 
@@ -195,11 +216,20 @@ def backward_ptx(
     size = min(num_prompts * settings.ptx_per_prompt, len(ptx))
     rows = batch_at(number, num_rows=len(ptx), batch_size=size, seed=seed)
     num_tokens = sum(map(ptx.num_completion_tokens, rows))
-    for part in microbatches(ptx, rows, max_tokens=settings.microbatch_tokens):
-        with autocast(networks.policy, settings):
+    for part in own_microbatches(ptx, rows, max_tokens=settings.microbatch_tokens):
+        with enough_memory(where, ptx, part), autocast(networks.policy, settings):
             losses = sft_loss(completion_logps(networks.policy, [ptx.group(row) for row in part]).tokens)
-        (settings.ptx_coef * losses.sum() / num_tokens).backward()
+            (settings.ptx_coef * losses.sum() / num_tokens).backward()
         note(Terms(losses.new_zeros(0), {"loss/ptx": losses}))
+
+
+def _add_up(learner: Learner) -> None:
+    """Gradients of all processes; one that had no row has none."""
+    if ranks.size() > 1:
+        for parameter in learner.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+    ranks.add_up([parameter.grad for parameter in learner.parameters.values() if parameter.grad is not None])
 
 
 def _clip(learner: Learner, settings: TrainPpoSettings) -> float:
@@ -208,8 +238,10 @@ def _clip(learner: Learner, settings: TrainPpoSettings) -> float:
 
 
 def check_finite(where: str, found: dict[str, float]) -> None:
+    """Of values that all processes have."""
     if bad := [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]:
-        raise DivergedError(f"{where}: {', '.join(bad)}; lower the learning rate, or look at the scores")
+        said = f"{where}: {', '.join(bad)}; lower the learning rate, or look at the scores"
+        raise ranks.shared(DivergedError(said))
 
 
 def objective_metrics(

@@ -1,6 +1,7 @@
 """What gives a rollout its score: a reward model, a policy as RRHF ranks, a Python function, or a callable from above.
 
-`Score` is all that PPO knows of them. A judge comes in as a callable, since training opens no engine.
+`Score` is all that PPO knows of them. A judge comes in as a callable, since training opens no engine. Of several
+processes that train together each calls it with the same rollouts and gets all scores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from pipeline.dataset_folder import file_sha256
 from pipeline.errors import UsageError
 from pipeline.lm.templates import Chat
-from pipeline.train.batches import Data, tokenise
+from pipeline.train import ranks
+from pipeline.train.batches import Data, own_share, tokenise
 from pipeline.train.rollouts import Rollouts
 from pipeline.train.rows import Row
 from pipeline.train.scorers import ScorerKind, open_scorer
@@ -28,11 +30,15 @@ Function = Callable[[list[Any], list[str]], list[float]]
 
 
 class Source(NamedTuple):
-    """fingerprint: identity, for card and resuming. model: a reward model that a value function may begin as."""
+    """fingerprint: identity, for card and resuming. model: a reward model that a value function may begin as.
+
+    measure: what more is to be logged of the last scores.
+    """
 
     score: Score
     fingerprint: dict[str, str]
     model: Any | None = None
+    measure: Callable[[], dict[str, float]] = dict
 
 
 def open_reward_model(
@@ -53,7 +59,10 @@ def open_reward_model(
 
     def score(rollouts: Rollouts) -> Tensor:
         data = reencoded(rollouts, scorer.chat) if is_other else rollouts.data
-        return scorer(data, max_tokens=max_tokens).to(rollouts.logps.device)
+        own = own_share(data, range(len(data)))
+        scores = ranks.together(lambda: scorer(data, max_tokens=max_tokens, rows=own))
+        ranks.add_up([scores])
+        return scores.to(rollouts.logps.device)
 
     return Source(score, scorer.fingerprint, scorer.model if kind == "reward" and not is_other else None)
 
@@ -85,6 +94,9 @@ class FunctionScore:
         self.path, self.function = path, function
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
+        return torch.tensor(ranks.first(lambda: self._checked(rollouts)), device=rollouts.logps.device)
+
+    def _checked(self, rollouts: Rollouts) -> list[float]:
         data = rollouts.data
         owners = [row for row in range(len(data)) for _ in data.completions(row)]
         try:
@@ -97,4 +109,4 @@ class FunctionScore:
         for score, row in zip(scores, owners, strict=True):
             if not math.isfinite(score):
                 raise UsageError(f"{self.path}: gave {score} for a completion of prompt {data.ids[row]}; no number")
-        return torch.tensor(scores, device=rollouts.logps.device)
+        return scores

@@ -40,14 +40,14 @@ class Scorer(NamedTuple):
     context: int
     fingerprint: dict[str, str]
 
-    def __call__(self, data: Data, *, max_tokens: int) -> Tensor:
-        """As Score says."""
+    def __call__(self, data: Data, *, max_tokens: int, rows: Sequence[int] | None = None) -> Tensor:
+        """As Score says. rows: the only ones to be scored; the other completions get 0."""
         compute = reward_scores if self.kind == "reward" else mean_logps
         found = torch.zeros(data.num_completions)
         with torch.no_grad():
-            for rows in microbatches(data, range(len(data)), max_tokens=max_tokens):
-                own = compute(self.model, [data.group(row) for row in rows])
-                found[[number for row in rows for number in data.completions(row)]] = own.float().cpu()
+            for part in microbatches(data, range(len(data)) if rows is None else rows, max_tokens=max_tokens):
+                own = compute(self.model, [data.group(row) for row in part])
+                found[[number for row in part for number in data.completions(row)]] = own.float().cpu()
         return found
 
     def score_rows(self, rows: Sequence[Row], *, max_tokens: int) -> tuple[list[Row], list[list[float]], int]:

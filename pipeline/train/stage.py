@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +32,9 @@ from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
 from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import fill, shard, skeleton
 from pipeline.train.trackers import TENSORBOARD, check_installed, following
+
+JOURNAL = "journal"
+"""The folder of a live judge's replies in that of the work; they are kept by what was asked, whatever the settings."""
 
 
 def _ignore(_: Any) -> None:
@@ -100,7 +104,7 @@ def train(
     """
     check_installed(job.trackers)
     divides = ranks.size() > 1 and settings.parallel == "fsdp"
-    loaded = ranks.together(lambda: _load(job, settings, head, divides=divides))
+    loaded = ranks.together(lambda: load_start(job, settings, head, divides=divides))
     model = loaded.model
     check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer)
@@ -124,7 +128,8 @@ def train(
     opened = Opened(trained, data["train"], data["test"], loaded.fingerprint, chat)
     extras, objective = make_extras(opened), make_objective(opened)
     task = Task(trained, objective, data["train"], data["test"], settings, folder, job.seed, *extras)
-    outcome = _fit(job, task, identity)
+    with followed(job, settings, folder, identity) as watch:
+        outcome = fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
         job,
         settings,
@@ -169,19 +174,21 @@ def describe(
     }
 
 
-def _fit(job: Job, task: Task, identity: str) -> Outcome:
+@contextmanager
+def followed(job: Job, settings: TrainSettings, folder: Path, identity: str) -> Iterator[Callable[[Progress], None]]:
+    """What is to be told of every step: it tells the job's trackers and its watcher."""
     names = job.trackers if ranks.rank() == 0 else ()
-    shown = task.settings.model_dump(mode="json")
-    with following(names, task.folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
+    shown = settings.model_dump(mode="json")
+    with following(names, folder, name=job.out.name, identity=identity[:32], settings=shown) as follow:
 
         def watch(progress: Progress) -> None:
             follow()
             job.watch(progress)
 
-        return fit(task, watch=watch, warn=job.say, should_stop=job.should_stop)
+        yield watch
 
 
-def _load(job: Job, settings: TrainSettings, head: Head, *, divides: bool) -> Loaded:
+def load_start(job: Job, settings: TrainSettings, head: Head, *, divides: bool = False) -> Loaded:
     """The start: in fp32 if all of it is trained, frozen weights also as they are stored. divides: by FSDP, later."""
     lora = settings.lora
     if divides and lora and lora.quantize:
@@ -309,16 +316,29 @@ def published(out: Path, identity: str) -> dict[str, Any] | None:
     return found if found.get("identity") == identity else None
 
 
+def work_path(out: Path) -> Path:
+    """Where a model is while it is made."""
+    return out.with_name(f".{out.name}.training")
+
+
 def work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
-    """The folder of work in progress; what was begun from other inputs is thrown away."""
-    folder = out.with_name(f".{out.name}.training")
+    """The folder of work in progress; what was begun from other inputs is thrown away, but for paid replies."""
+    folder = work_path(out)
     marker = folder / "identity"
     if folder.exists() and not (marker.exists() and marker.read_text() == identity):
         say(f"{folder}: was begun with other inputs; starting afresh")
-        shutil.rmtree(folder)
+        _clear(folder)
     make_folder(folder)
     write_atomic(marker, identity.encode())
     return folder
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != JOURNAL:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:

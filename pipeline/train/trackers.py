@@ -24,7 +24,7 @@ _INSTALL = {TENSORBOARD: "'constitutional-pipeline[tensorboard]'", "wandb": "wan
 
 
 class Tracker(Protocol):
-    """sent: the last step that it knows."""
+    """sent: the last step that it knows, -1 before any."""
 
     sent: int
 
@@ -92,7 +92,7 @@ class _TensorBoard:
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer: Any = SummaryWriter(str(folder))
-        self.sent = 0
+        self.sent = -1
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -109,7 +109,7 @@ class _Remote:
     def __init__(self, module: str, marker: Path, *, name: str, identity: str, settings: dict[str, Any]) -> None:
         self._module = import_module(module)
         self._marker = marker
-        self.sent = int(marker.read_text()) if marker.exists() else 0
+        self.sent = int(marker.read_text()) if marker.exists() else -1
         own = {"id": identity} if module == "wandb" else {}
         self._run = self._module.init(project=PROJECT, name=name, config=settings, resume="allow", **own)
 

@@ -21,6 +21,8 @@ from tests.pipeline.lm.tiny import tiny_tokenizer
 from tests.pipeline.train.ppo_jobs import open_scores, opened, run_ppo, save_pair, save_reward_model
 from tests.pipeline.train.test_stages import stop_after
 
+LORA = {"r": 4, "alpha": 8}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -42,8 +44,9 @@ def weights(folder: Path) -> bytes:
     [
         {"kl_target": 0.1, "kl_horizon": 20, "ema_decay": 0.9, "ptx_coef": 0.1},
         {"value": "joint", "num_samples": 2, "max_approxkl": 0.01, "patience": 50},
+        {"lora": LORA, "learning_rate": 1e-2, "ema_decay": 0.9},
     ],
-    ids=["separate", "joint"],
+    ids=["separate", "joint", "adapters"],
 )
 def test_training_stopped_at_each_of_6_steps_gives_the_same_bytes(
     keys: dict[str, Any], models: tuple[Path, Path], data: Path, tmp_path: Path

@@ -165,7 +165,7 @@ def test_at_the_first_update_every_ratio_is_1_and_the_kl_is_0(value: str, models
     targets = aim(rollouts, scores, networks.settings, kl_coef=KL_COEF)
     assert rollouts.kl.abs().max() <= 1e-5
     found: list[Any] = []
-    backward(networks, rollouts, targets, range(6), found.append)
+    backward(networks, rollouts, targets, range(6), found.append, where="here")
     assert torch.allclose(torch.cat([terms.metrics["policy/ratio"] for terms in found]), torch.ones(()), atol=1e-5)
     assert not torch.cat([terms.metrics["policy/clipfrac"] for terms in found]).any()
     metrics = objective_metrics(rollouts, scores, targets, kl_coef=KL_COEF, has_values=True)
@@ -200,7 +200,7 @@ def test_the_loss_of_a_minibatch_does_not_depend_on_its_microbatches(models: tup
         networks, chat, prompts, source = opened(*models, microbatch_tokens=tokens, value="joint", entropy_coef=0.1)
         rollouts = some_rollouts(networks, chat, prompts)
         targets = aim(rollouts, source.score(rollouts), networks.settings, kl_coef=KL_COEF)
-        backward(networks, rollouts, targets, range(6), lambda terms: None)
+        backward(networks, rollouts, targets, range(6), lambda terms: None, where="here")
         gradients.append(torch.cat([p.grad.flatten() for p in networks.parameters["policy"].values()]))
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 

@@ -13,6 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.errors import StoppedError, UsageError
+from tests.pipeline.train.ppo_jobs import run_ppo, save_pair
+from tests.pipeline.train.test_stages import stop_after
 from tests.pipeline.train.tiny_jobs import metrics, run_job
 
 
@@ -42,6 +44,18 @@ def test_tensorboard_reads_every_step_once(start: Path, data: Path, tmp_path: Pa
         expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(event.step, event.value) for event in files.Scalars(name)] == expected
     assert len(list((tmp_path / "sft" / "tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_follows_ppo_from_its_first_evaluation(data: Path, tmp_path: Path) -> None:
+    models, out = save_pair(tmp_path), tmp_path / "ppo"
+    with pytest.raises(StoppedError):
+        run_ppo(data, *models, out, trackers=["tensorboard"], should_stop=stop_after(1))
+    run_ppo(data, *models, out, trackers=["tensorboard"])
+    files, lines = EventAccumulator(str(out / "tensorboard")).Reload(), metrics(out)
+    for name in ("eval/scores", "objective/kl"):
+        expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(event.step, event.value) for event in files.Scalars(name)] == expected
+    assert lines[0]["step"] == 0
 
 
 def log_records(data: bytes) -> Iterator[bytes]:
