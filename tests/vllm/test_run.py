@@ -26,7 +26,7 @@ def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(cai: Command, pr
         assert len(engine) > 1
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-        wait_for(lambda: not engine & set(alive()), seconds=60)
+        wait_for(lambda: not engine & set(alive()), seconds=10)
     finally:
         kill_group(first)
     paid = sum(len(path.read_bytes().splitlines()) for path in journal.glob("*.jsonl"))
