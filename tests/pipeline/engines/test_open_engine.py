@@ -12,7 +12,8 @@ import torch
 
 from pipeline import nano
 from pipeline.config.settings import EngineSettings
-from pipeline.engines import open_engine, resolve_backend
+from pipeline.engines import open_engine
+from pipeline.engines.backends import resolve_backend
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineRefused
 
