@@ -72,7 +72,8 @@ def train_ppo(
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
     networks = open_networks(policy, job.start, source.model, settings, device=job.device, seed=job.seed)
-    task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
+    parts = (prompts["train"], prompts["test"], ptx)
+    task = Task(networks, chat, *parts, source.score, settings, folder, job.seed, source.measure)
     with followed(job, settings, folder, identity) as watch:
         outcome = optimise(task, watch=watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
@@ -119,12 +120,13 @@ def optimise(
         rollouts = run.roll_out(task.prompts, batch, step=run.step)
         clock.lap("rollout")
 
-        scores = shaped_scores(task.score(rollouts), rollouts.has_ended, settings)
+        scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
         check_finite(run.where, {"score": float(scores.sum())})
         targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
         objective = objective_metrics(
             rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
         )
+        objective |= {f"objective/{name}": value for name, value in task.measure().items()}
         clock.lap("score")
 
         rate = learning_rate(run.step, run.total, settings) / settings.learning_rate

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainPpoSettings
+from pipeline.errors import CaiError
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks
@@ -32,7 +33,10 @@ EVAL = -1
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work."""
+    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work.
+
+    measure: see rewards.Source.
+    """
 
     networks: Networks
     chat: Chat
@@ -43,6 +47,7 @@ class Task:
     settings: TrainPpoSettings
     folder: Path
     seed: int
+    measure: Callable[[], dict[str, float]] = dict
 
 
 class Run:
@@ -75,6 +80,15 @@ class Run:
         seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
         return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
 
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """(B,) of a step's rollouts. If those who give the scores end the training, the steps before are saved."""
+        try:
+            return self.task.score(rollouts)
+        except CaiError:
+            if self.step:
+                self.save()
+            raise
+
     def count_tokens(self, rollouts: Rollouts) -> int:
         self.num_tokens += sum(map(rollouts.data.num_tokens, range(len(rollouts.data))))
         return self.num_tokens
@@ -103,6 +117,7 @@ class Run:
             "eval/kl": rollouts.kl.mean().item(),
             "eval/length": rollouts.completion_mask.sum(dim=1).float().mean().item(),
             "eval/ended": rollouts.has_ended.float().mean().item(),
+            **{f"eval/{name}": value for name, value in self.task.measure().items()},
         }
         if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters
