@@ -130,24 +130,26 @@ def train_ppo_command(console: Console, reward_model: str | None, **options: Any
 
 
 def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str | None, spent: Spent) -> Report:
-    """With the reward that the settings name. spent: by the call's steps before, of its budgets."""
+    """With the reward and the sampler that the settings name. spent: by the call's steps before, of its budgets."""
     from constitution.principles import Constitution
     from pipeline.cli.progress import show_work
     from pipeline.jobs import constitution_file
     from pipeline.live_judge import live_judge
     from pipeline.train.ppo import train_ppo
     from pipeline.train.stage import JOURNAL, work_path
+    from pipeline.vllm_rollouts import vllm_sampler
 
     ppo = settings.train_ppo
-    if ppo.reward not in ("judge", "graded"):
-        return train_ppo(job, ppo, reward_model=reward_model)
-    constitution = Constitution.load(constitution_file(settings))
-    replies = work_path(job.out) / JOURNAL
-    with live_judge(settings, constitution, job.start, ppo.reward, folder=replies, earlier=spent) as (judge, source):
-        try:
-            return train_ppo(job, ppo, judge=source)
-        finally:
-            show_work(console, judge.journal, judge.engines)
+    with ExitStack() as held:
+        sampler = held.enter_context(vllm_sampler(settings)) if ppo.sampler == "vllm" else None
+        if ppo.reward not in ("judge", "graded"):
+            return train_ppo(job, ppo, reward_model=reward_model, sampler=sampler)
+        constitution, replies = Constitution.load(constitution_file(settings)), work_path(job.out) / JOURNAL
+        judge, source = held.enter_context(
+            live_judge(settings, constitution, job.start, ppo.reward, folder=replies, earlier=spent)
+        )
+        held.callback(lambda: show_work(console, judge.journal, judge.engines))
+        return train_ppo(job, ppo, judge=source, sampler=sampler)
 
 
 def _train(

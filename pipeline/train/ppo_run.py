@@ -26,6 +26,7 @@ from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
 from pipeline.train.prompts import Prompts
 from pipeline.train.rewards import Score
 from pipeline.train.rollouts import Rollouts, roll_out
+from pipeline.train.samplers import DrawOutside, Sampler, draw_here
 
 EVAL = -1
 """Stands for the step in the seeds of validation completions: the same draws at every evaluation."""
@@ -35,7 +36,7 @@ EVAL = -1
 class Task:
     """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work.
 
-    measure: see rewards.Source.
+    measure: see rewards.Source. sampler: that draws in the place of training itself.
     """
 
     networks: Networks
@@ -48,6 +49,7 @@ class Task:
     folder: Path
     seed: int
     measure: Callable[[], dict[str, float]] = dict
+    sampler: Sampler | None = None
 
 
 class Run:
@@ -57,6 +59,7 @@ class Run:
         self.task, self.settings = task, task.settings
         self.per_epoch = steps_per_epoch(len(task.prompts), self.settings.batch_size)
         self.total = self.per_epoch * self.settings.epochs
+        self.draw = DrawOutside(task.sampler, task.folder / "sampler") if task.sampler else draw_here
         self.learners: dict[str, Learner] = make_learners(task.networks)
         for learner in self.learners.values():
             ranks.copy_from_first([parameter.detach() for parameter in learner.parameters.values()])
@@ -78,7 +81,9 @@ class Run:
 
     def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
         seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
-        return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
+        return roll_out(
+            self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples, draw=self.draw
+        )
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """(B,) of a step's rollouts. If those who give the scores end the training, the steps before are saved."""
