@@ -87,7 +87,7 @@ def lengths(name: str, voice: Voice, sizes: dict[str, int]) -> Check:
     detail = "tokens: " + ", ".join(f"{kind} {size}" for kind, size in sizes.items())
     context, longest = voice.engine.context, max(sizes.values())
     if context and longest >= context:
-        cure = f"nothing of a context of {context} is left for a reply to the longest; raise it, or take another model"
+        cure = f"none of a context of {context} is left for a reply; raise engine.context, or take another model"
         return Check(f"{name}: requests", "FAIL", detail, cure)
     if context and longest + voice.max_tokens > context:
         left = context - longest

@@ -12,7 +12,7 @@ from pipeline import nano
 from pipeline.checks import TEMPLATE_CURE, preflight
 from pipeline.config.settings import EngineSettings, RunSettings, Settings
 from pipeline.engines import open_engine
-from pipeline.engines.backends import check_engine, only_read
+from pipeline.engines.backends import check_engine, check_gpu, only_read
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused, RequestFailed
 from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS
@@ -119,13 +119,15 @@ def check_models(settings: Settings, names: Sequence[str]) -> None:
         found |= settings.critics
     if revises or "rank" in names:
         found["judge"] = settings.engine_for(settings.judge)
-    for section, engine in found.items():
-        check_section(engine, section)
+    check_sections(found)
 
 
-def check_section(settings: EngineSettings, section: str) -> None:
-    """EngineRefused for what cannot work of one section's settings."""
-    check_engine(_with_folder(settings), section)
+def check_sections(engines: Mapping[str, EngineSettings]) -> None:
+    """EngineRefused for what cannot work of these, by their sections, alone and together."""
+    named = {section: _with_folder(settings) for section, settings in engines.items()}
+    for section, settings in named.items():
+        check_engine(settings, section)
+    check_gpu(named)
 
 
 def _is_nano(settings: EngineSettings) -> bool:

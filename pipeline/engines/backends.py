@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.config.settings import EngineSettings
@@ -18,12 +18,14 @@ _LOADED = {"revision", "dtype", "context", "concurrency"}
 READS: dict[str, set[str]] = {
     "transformers": _LOADED | {"device", "deterministic"},
     "vllm": _LOADED | {"adapter", "quantization", "tensor_parallel", "data_parallel", "gpu_memory_utilization"},
-    "server": {"revision", "context", "concurrency", "base_urls", "api_key_env", "timeout_s"},
+    "server": {"revision", "context", "concurrency"},
     "scripted": {"concurrency", "script"},
 }
-"""Backend -> the keys that it reads, besides those that every backend does."""
+"""Backend -> the keys that it reads, besides _ALWAYS."""
 _ALWAYS = {"backend", "model", "style", "price_in", "price_out", "base_urls", "api_key_env", "timeout_s"}
-"""Read by every backend, or of endpoints: an environment names one for all programs, whatever model this one loads."""
+"""Refused nowhere: an environment names an endpoint for all programs, also for those that load a model."""
+_OF_TRAININGS = {"device", "gpu_memory_utilization"}
+"""Keys of `engine` that trainings read too."""
 
 
 def resolve_backend(settings: EngineSettings) -> str:
@@ -50,7 +52,7 @@ def _suits_vllm(settings: EngineSettings) -> bool:
 
 
 def only_read(settings: EngineSettings) -> EngineSettings:
-    """The settings without what their backend does not read: a section has it from another one."""
+    """The settings without what their backend does not read: a section may have that from `engine`."""
     unread = _unread(settings, resolve_backend(settings))
     return settings.model_copy(update={key: EngineSettings.model_fields[key].default for key in unread})
 
@@ -72,7 +74,7 @@ def check_engine(settings: EngineSettings, section: str = "engine") -> str:
         return f"{section if section == 'engine' or key in settings.model_fields_set else 'engine'}.{key}"
 
     backend = resolve_backend(settings)
-    _check_read(settings, backend, section, at)
+    _check_read(settings, backend, section)
     if backend == "scripted":
         _check_script(settings)
         return backend
@@ -93,18 +95,21 @@ def check_engine(settings: EngineSettings, section: str = "engine") -> str:
     return backend
 
 
-def _check_read(settings: EngineSettings, backend: str, section: str, at: At) -> None:
-    """EngineRefused for a key that the section states in vain. The device of `engine` is also that of trainings."""
-    if backend == "vllm" and settings.device != "auto":
-        raise EngineRefused(f"{at('device')}: vllm takes the visible GPUs; choose with CUDA_VISIBLE_DEVICES instead")
+def _check_read(settings: EngineSettings, backend: str, section: str) -> None:
+    """EngineRefused for a key that the section states in vain."""
     for key in _unread(settings, backend):
-        if (key == "device") if section == "engine" else (key not in settings.model_fields_set):
+        if section == "engine":
+            is_right = key in _OF_TRAININGS and (backend, key) != ("vllm", "device")
+        else:
+            is_right = key not in settings.model_fields_set
+        if is_right:
             continue
         able = " or ".join(name for name, keys in READS.items() if key in keys)
         default = EngineSettings.model_fields[key].default
         shown = default if isinstance(default, str) else json.dumps(default)
         raise EngineRefused(
-            f"{at(key)}: the {backend} backend does not read it; set {section}.backend to {able}, or {key} to {shown}"
+            f"{section}.{key}: the {backend} backend does not read it; set {section}.backend to {able}, or {key} to "
+            f"{shown}"
         )
 
 
@@ -116,9 +121,42 @@ def _check_script(settings: EngineSettings) -> None:
 
 
 def _check_vllm(settings: EngineSettings, at: At) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        install = "pip install 'constitutional-pipeline[vllm]'"
-        raise EngineRefused(f"{at('backend')}: vllm is not installed; {install}, or set it to transformers")
+    import torch
+
+    from pipeline.engines.vllm_model import require_vllm
+
+    require_vllm(at("backend"), instead="transformers")
     if settings.adapter and not (Path(settings.adapter) / "adapter_config.json").exists():
         folder = settings.adapter
         raise EngineRefused(f"{at('adapter')}: {folder} holds no adapter_config.json; give a LoRA folder")
+    gpus, of_one = torch.cuda.device_count(), settings.tensor_parallel
+    copies = 1 if settings.data_parallel == "auto" else settings.data_parallel
+    if gpus and gpus < of_one:
+        raise EngineRefused(f"{at('tensor_parallel')}: {of_one}, but {gpus} GPUs are visible; lower it")
+    if gpus and gpus < of_one * copies:
+        asked = f"{copies} copies of {of_one} GPUs each"
+        raise EngineRefused(f"{at('data_parallel')}: {asked}, but {gpus} GPUs are visible; lower it, or set it to auto")
+
+
+def check_gpu(engines: Mapping[str, EngineSettings]) -> None:
+    """EngineRefused if the different models that vLLM is to load for these sections do not fit on one GPU together.
+
+    All of them begin with the first one that is visible.
+    """
+    models: dict[str, tuple[str, float]] = {}
+    for section, settings in engines.items():
+        if resolve_backend(settings) == "vllm":
+            loaded = settings.model_dump_json(include=READS["vllm"] - {"adapter"} | {"model"})
+            models.setdefault(loaded, (section, settings.gpu_memory_utilization))
+    sections, shares = [section for section, _ in models.values()], [share for _, share in models.values()]
+    if sum(shares) <= 1 + 1e-9:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        taken = ", ".join(f"{section} {share:g}" for section, share in models.values())
+        raise EngineRefused(
+            f"{sections[-1]}.gpu_memory_utilization: vllm loads {len(shares)} models, and their shares of the GPU "
+            f"({taken}) add up to {sum(shares):g}; lower them, such as engine.gpu_memory_utilization to "
+            f"{int(95 / len(shares)) / 100:g}"
+        )
