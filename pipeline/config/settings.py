@@ -48,6 +48,7 @@ class EngineSettings(Section):
 
 
 OF_A_MODEL = ("revision", "adapter", "quantization")
+"""Keys that a section with another model does not have from `engine`."""
 
 
 class Source(Section):
