@@ -12,7 +12,7 @@ from typing import NamedTuple
 from constitution.principles import Constitution
 from constitution.ranking import schedule
 from pipeline.config.settings import Settings
-from pipeline.engines import resolve_backend
+from pipeline.engines.backends import resolve_backend
 from pipeline.engines.votes import MAX_TOKENS as VOTE_TOKENS
 from pipeline.engines.votes import NUM_VOTES
 

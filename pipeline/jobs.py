@@ -15,7 +15,7 @@ from pipeline import nano
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings, SplitSettings
 from pipeline.dataset_folder import read_card
-from pipeline.engines import resolve_backend
+from pipeline.engines.backends import resolve_backend
 from pipeline.errors import UsageError
 from pipeline.estimate import Estimate, Measured, estimate, num_steps
 from pipeline.records import Line, Message

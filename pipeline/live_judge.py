@@ -30,7 +30,7 @@ from pipeline.stages.asking import ask_labels, ask_text, compare, lost, together
 from pipeline.train import ranks
 from pipeline.train.rewards import Source
 from pipeline.train.rollouts import Rollouts
-from pipeline.voices import NOTHING, Engines, Spent, used_up
+from pipeline.voices import NOTHING, Engines, Spent, check_models, used_up
 
 Verdict = float | Failure
 """A score, or why there is none."""
@@ -215,6 +215,7 @@ def live_judge(
     settings: Settings, constitution: Constitution, start: str, kind: str, *, folder: Path, earlier: Spent = NOTHING
 ) -> Iterator[tuple[LiveJudge, Source]]:
     """The judge of the settings, running until the end of the block, and the scores from it; see LiveJudge."""
+    check_models(settings, ("rank",))
     judge = LiveJudge(settings, constitution, start, kind, folder=folder, earlier=earlier)
     try:
         yield judge, judge.start()
