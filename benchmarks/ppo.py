@@ -10,16 +10,18 @@ ratios are of one round.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import training_jobs
@@ -48,7 +50,9 @@ BARS = {
 """Ours / TRL's as it is, in episodes a second."""
 LEAST_SHARE = 0.6
 """Of the machine's rate that the updates reach."""
+CELLS = {f"{cell.answers}-{cell.num_inner_epochs}": cell for cell in BARS}
 HERE = Path(__file__).parent
+PACKAGES = ("trl", "transformers", "torch")
 
 
 class Measured(NamedTuple):
@@ -76,13 +80,19 @@ class Measured(NamedTuple):
         return Cell(*self[:2])
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Writes models, reward models and prompts."""
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Writes models, reward models and prompts. Returns what they are, and by what they are trained."""
+    ask = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {PACKAGES}}}))"
+    about: dict[str, Any] = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "threads": torch.get_num_threads(),
+        "versions": json.loads(subprocess.check_output([options.trl_python, "-c", ask], text=True)),
+    }
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizer = training_jobs.train_tokenizer(iter([("a b c", "d", "e")] * 10))
     for name, odds in ODDS_OF_END.items():
         folder = options.work / name
-        training_jobs.build(folder, "5M", tokenizer)
+        about["parameters"] = training_jobs.build(folder, "5M", tokenizer)
         training_jobs.set_odds_of_end(folder, odds)
         torch.manual_seed(1)
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder / "rm")
@@ -93,6 +103,7 @@ def prepare(options: argparse.Namespace) -> None:
         for _ in range(BATCH_SIZE * options.steps)
     ]
     (options.work / "prompts.jsonl").write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+    return about | {"steps": options.steps, "mean_prompt": statistics.mean(map(len, prompts))}
 
 
 def measure(options: argparse.Namespace, cell: Cell, round_: int, arm: str) -> Measured:
@@ -125,7 +136,7 @@ def table(runs: Sequence[Measured]) -> str:
     """Markdown: medians of each arm, and its ratio to both of TRL's in the same rounds."""
     lines = [
         "| answers | inner epochs | arm | episodes/s | ÷ TRL | bar | ÷ TRL without gc | MiB |"
-        " rollout, score, update, s | update ÷ machine |",
+        f" rollout, score, update, s | update ÷ machine, bar {LEAST_SHARE:.0%} |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in dict.fromkeys(each.cell for each in runs):
@@ -156,19 +167,18 @@ def median(runs: Sequence[Measured], what: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, help="of TRL 1.12's environment, made from peers/trl_ppo.txt")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="answers, and inner epochs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of each run, the first uncounted")
     parser.add_argument("--work", type=Path, default=Path("runs/ppo"), help="models and prompts")
     parser.add_argument("--out", type=Path, help="a file's name without its ending, for CSV and JSON")
     options = parser.parse_args()
-    prepare(options)
-    runs = [
-        measure(options, cell, round_, arm) for cell in BARS for round_ in range(1, options.rounds + 1) for arm in ARMS
-    ]
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        write(options.out, runs, {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__})
+    about, runs = prepare(options), list[Measured]()
+    for cell, round_, arm in itertools.product(options.cells, range(1, options.rounds + 1), ARMS):
+        runs.append(measure(options, CELLS[cell], round_, arm))
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            write(options.out, runs, about)
     print(table(runs))
 
 

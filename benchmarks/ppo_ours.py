@@ -6,7 +6,6 @@ python benchmarks/ppo_ours.py JOB.json
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backbone import linears, products, seconds
+from peers.peak import peak_kib
 
 from pipeline.config.settings import Settings, TrainPpoSettings
 from pipeline.lm.load import load
@@ -97,7 +97,7 @@ def main() -> None:
     print(json.dumps({
         "seconds": ended - began,  # of all steps but the first, which pays for what a process does once
         "cpu": cpu_end - cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_kib(),
         "length": statistics.mean(line["rollout/length"] for line in lines),
         "parts": {part: statistics.mean(line[f"seconds/{part}"] for line in lines) for part in PARTS},
         "update": update_rate(lines, task),

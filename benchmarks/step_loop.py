@@ -21,7 +21,7 @@ from typing import Any
 import wordy_model
 from throughput import CONTEXT, CPU
 
-from pipeline.engines.vllm import _sampling_params
+from pipeline.engines.vllm_model import sampling_params
 from pipeline.lm.load import identify
 from pipeline.lm.templates import Chat
 from pipeline.sources import Spec, read
@@ -110,7 +110,7 @@ def main() -> None:
 
     chat = Chat(identify(str(model)).tokenizer)
     prompts = [tokens_input(chat.prompt(row.messages).token_ids) for row in read(Spec(str(texts)))]
-    params = _sampling_params(temperature=1.0, top_p=1.0, seed=1, max_tokens=24)
+    params = sampling_params(temperature=1.0, top_p=1.0, seed=1, max_tokens=24)
     settings = {**CPU, "model": str(model), "disable_log_stats": True}
     asyncio.run(compare(settings, prompts, params, options.rounds))
 

@@ -6,12 +6,13 @@ python benchmarks/train_ours.py JOB.json
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from peers.peak import peak_kib
 
 from pipeline.config.settings import Settings, TrainSettings
 from pipeline.lm.forward import prepare
@@ -47,7 +48,7 @@ def main() -> None:
     print(json.dumps({
         "seconds": ends[-1][0] - began,  # without the last checkpoint: TRL writes none
         "cpu": ends[-1][1] - cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_kib(),
         "losses": losses,
     }))  # fmt: skip
 

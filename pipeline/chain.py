@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.driver import Driver, Stage
 from pipeline.engines.base import Reply, Request
@@ -22,23 +22,10 @@ from pipeline.records import Line, digest
 from pipeline.stages import critique_revise, generate, rank
 from pipeline.stages.asking import Voice
 from pipeline.store import StageWriter
-from pipeline.voices import Engines
+from pipeline.voices import NOTHING, Engines, Spent, used_up
 
 DATA_STAGES = ("generate", "critique-revise", "rank")
 SATISFIED_SHARE = 0.9
-
-
-class Spent(NamedTuple):
-    """What the chains of a call have cost so far. cost: in the currency of the prices."""
-
-    tokens: int
-    cost: float
-
-    def plus(self, other: Spent) -> Spent:
-        return Spent(self.tokens + other.tokens, self.cost + other.cost)
-
-
-NOTHING = Spent(0, 0.0)
 
 
 def build_stages(job: Job, engines: Engines, names: Sequence[str]) -> list[Stage]:
@@ -122,19 +109,17 @@ def _identity(voice: Voice) -> list[Any]:
 
 @dataclass
 class Chain:
-    """Stages about to run. `driver.progress`, `journal` and `usage` tell how far they are."""
+    """Stages about to run. `driver.progress` and `journal` tell how far they are."""
 
     stages: list[Stage]
     engines: Engines
     journal: Journal
     driver: Driver
-    usage: Counter[str]
 
     @property
     def spent(self) -> Spent:
         """What this chain alone has cost."""
-        tokens = self.usage["prompt_tokens"] + self.usage["completion_tokens"]
-        return Spent(tokens, self.engines.cost(self.journal.usage) or 0.0)
+        return self.engines.spent(self.journal.usage)
 
 
 def prepare(
@@ -168,19 +153,12 @@ def prepare(
         # A model that is loaded already must not outlive one that cannot be.
         asyncio.run(engines.close())
         raise
-    usage: Counter[str] = Counter()
-    budget, budget_cost = job.settings.run.budget_tokens, job.settings.run.budget_cost
 
     def count(request: Request, reply: Reply, is_new: bool) -> None:
         if on_reply:
             on_reply(request, reply, is_new)
-        if not is_new:
-            return
-        usage.update(reply.usage._asdict())
-        if budget is not None and spent.tokens + chain.spent.tokens >= budget:
-            driver.stop("at run.budget_tokens")
-        if budget_cost is not None and spent.cost + chain.spent.cost >= budget_cost:
-            driver.stop("at run.budget_cost")
+        if is_new and (budget := used_up(spent.plus(chain.spent), job.settings.run)):
+            driver.stop(f"at {budget}")
 
     journal = Journal(journal_folder or job.run.path / "journal", on_reply=count)
     # A record asks for several things at once, so fewer records than places keep the engine full.
@@ -188,7 +166,7 @@ def prepare(
     driver = Driver(
         job.run, stages, journal, window=window, limit=limit, inputs=inputs, takes=_takes(job), grace_s=grace_s
     )
-    chain = Chain(stages, engines, journal, driver, usage)
+    chain = Chain(stages, engines, journal, driver)
     return chain
 
 

@@ -166,6 +166,14 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self._broken: CaiError | None = None
 
+    @property
+    def tokens(self) -> Counter[str]:
+        """`usage` of all engines together."""
+        total: Counter[str] = Counter()
+        for found in self.usage.values():
+            total.update(found)
+        return total
+
     def load(self) -> tuple[int, int]:
         """Requests (running, waiting): an engine runs as many as its concurrency, the others wait for it."""
         running = sum(min(number, engine.concurrency) for engine, number in self.in_flight.items())

@@ -1,21 +1,46 @@
-"""The engines of one call, and how each is spoken to."""
+"""The engines of one call, how each is spoken to, and what they have cost."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from constitution.principles import Constitution
 from pipeline import nano
 from pipeline.checks import TEMPLATE_CURE, preflight
-from pipeline.config.settings import EngineSettings, Settings
+from pipeline.config.settings import EngineSettings, RunSettings, Settings
 from pipeline.engines import check_engine, open_engine
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused, RequestFailed
 from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS
 from pipeline.records import digest
 from pipeline.stages.asking import Voice
+
+
+class Spent(NamedTuple):
+    """What a call has cost so far. cost: in the currency of the prices."""
+
+    tokens: int
+    cost: float
+
+    def plus(self, other: Spent) -> Spent:
+        return Spent(self.tokens + other.tokens, self.cost + other.cost)
+
+
+NOTHING = Spent(0, 0.0)
+
+
+def used_up(spent: Spent, settings: RunSettings) -> str:
+    """The budget that is used up, '' if none is."""
+    for name, budget, used in (
+        ("run.budget_tokens", settings.budget_tokens, spent.tokens),
+        ("run.budget_cost", settings.budget_cost, spent.cost),
+    ):
+        if budget is not None and used >= budget:
+            return name
+    return ""
 
 
 class Engines:
@@ -64,6 +89,10 @@ class Engines:
             for engine, found in usage.items()
             for price_in, price_out in [self._prices.get(engine, (0.0, 0.0))]
         )
+
+    def spent(self, usage: Mapping[Engine, Counter[str]]) -> Spent:
+        tokens = sum(found["prompt_tokens"] + found["completion_tokens"] for found in usage.values())
+        return Spent(tokens, self.cost(usage) or 0.0)
 
     @property
     def concurrency(self) -> int:

@@ -10,7 +10,6 @@ accumulation, the whole batch in one pass where TRL lets one choose, no samples 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peak import peak_kib
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -41,18 +41,16 @@ class NoCollector:
 
 
 def config(job: dict[str, Any], num_prompts: int) -> PPOConfig:
+    """job: options: more arguments of TRL's own configuration."""
     return PPOConfig(
         output_dir=str(Path(job["model"]) / "output"),
         total_episodes=num_prompts,
         per_device_train_batch_size=job["batch_size"],
         gradient_accumulation_steps=1,
-        num_mini_batches=1,
         num_ppo_epochs=job["num_inner_epochs"],
         local_rollout_forward_batch_size=job["batch_size"],
         response_length=job["max_tokens"],
         stop_token="eos",
-        temperature=1.0,
-        missing_eos_penalty=None,
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
@@ -64,38 +62,42 @@ def config(job: dict[str, Any], num_prompts: int) -> PPOConfig:
         report_to="none",
         dataloader_pin_memory=False,
         seed=job["seed"],
+        **{"num_mini_batches": 1, "temperature": 1.0, "missing_eos_penalty": None, **job.get("options", {})},
+    )
+
+
+def open_trainer(job: dict[str, Any], kind: type[PPOTrainer] = PPOTrainer, **options: Any) -> PPOTrainer:
+    """job: reference, value_model: if they do not begin as the policy and the reward model. options: of the trainer."""
+    prompts = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
+    dataset = Dataset.from_list([{"input_ids": prompt} for prompt in prompts])
+
+    def load(auto: Any, folder: str, **more: Any) -> Any:
+        return auto.from_pretrained(folder, dtype=torch.float32, **more)
+
+    return kind(
+        args=config(job, len(prompts)),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], padding_side="left"),
+        model=load(AutoModelForCausalLM, job["model"]),
+        ref_model=load(AutoModelForCausalLM, job.get("reference", job["model"])),
+        reward_model=load(AutoModelForSequenceClassification, job["reward_model"], num_labels=1),
+        value_model=load(AutoModelForSequenceClassification, job.get("value_model", job["reward_model"]), num_labels=1),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(8)),
+        **options,
     )
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    prompts = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32) for _ in range(2))
-    scorers = [
-        AutoModelForSequenceClassification.from_pretrained(job["reward_model"], dtype=torch.float32, num_labels=1)
-        for _ in range(2)
-    ]
     if job["arm"] == "no-gc":
         ppo_trainer.gc, ppo_trainer.empty_cache = NoCollector, lambda: None
-    dataset, ends = Dataset.from_list([{"input_ids": prompt} for prompt in prompts]), Ends()
-    trainer = PPOTrainer(
-        args=config(job, len(prompts)),
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=scorers[0],
-        value_model=scorers[1],
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(8)),
-        callbacks=[ends],
-    )
-    trainer.train()
+    ends = Ends()
+    open_trainer(job, callbacks=[ends]).train()
     (began, cpu), (ended, cpu_end) = ends.times[0], ends.times[-1]
     print(json.dumps({
         "seconds": ended - began,
         "cpu": cpu_end - cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_kib(),
     }))  # fmt: skip
 
 

@@ -9,7 +9,6 @@ AdamW, no saving, no padding to a multiple. Rows are taken in the file's order.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from peak import peak_kib
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -142,7 +142,7 @@ def main() -> None:
     print(json.dumps({
         "seconds": spent.seconds + reference.seconds,
         "cpu": spent.cpu + reference.cpu,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak": peak_kib(),
         "losses": steps.tolist(),
     }))  # fmt: skip
 

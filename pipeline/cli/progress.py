@@ -15,7 +15,9 @@ from pipeline.rates import Counts, Meter
 if TYPE_CHECKING:
     from pipeline.chain import Chain
     from pipeline.jobs import Job
+    from pipeline.journal import Journal
     from pipeline.stages.ingest import Ingested
+    from pipeline.voices import Engines
 
 LINE_EVERY_S = 30.0
 DRAW_EVERY_S = 0.5
@@ -69,7 +71,7 @@ async def _bar(chain: Chain) -> None:
 
 
 def _counts(chain: Chain) -> Counts:
-    usage, progress = chain.usage, chain.driver.progress
+    usage, progress = chain.journal.tokens, chain.driver.progress
     tokens = (usage["prompt_tokens"], usage["completion_tokens"], usage["cached_tokens"])
     return Counts(time.monotonic(), progress.done - progress.kept, *tokens)
 
@@ -109,11 +111,11 @@ def show_ingest(console: Console, ingested: Ingested | None) -> None:
     )
 
 
-def show_work(console: Console, chain: Chain) -> None:
+def show_work(console: Console, journal: Journal, engines: Engines) -> None:
     """What this call asked, and what it had from the journal."""
-    work: dict[str, Any] = {"replies": chain.journal.asked, "replayed": chain.journal.replayed, **chain.usage}
-    work["neutralised"] = chain.engines.neutralised
-    cost = chain.engines.cost(chain.journal.usage)
+    work: dict[str, Any] = {"replies": journal.asked, "replayed": journal.replayed, **journal.tokens}
+    work["neutralised"] = engines.neutralised
+    cost = engines.cost(journal.usage)
     if cost is not None:
         work["cost"] = round(cost, 6)
     before = console.report["counts"].get("work", {})

@@ -78,7 +78,7 @@ class _Call:
     """One call of `cai run`: its budgets and its deadline count over all steps."""
 
     def __init__(self, console: Console, job: Job, limit: int | None, grace: float) -> None:
-        from pipeline.chain import NOTHING
+        from pipeline.voices import NOTHING
 
         self.console, self.job, self.limit, self.grace = console, job, limit, grace
         max_time = job.settings.run.max_time
@@ -119,7 +119,7 @@ class _Call:
 
         if self._is_late():
             raise StoppedError("stopped at run.max_time; the same command goes on from here")
-        train_in_run(self.console, self.job, trainer, is_late=self._is_late)
+        train_in_run(self.console, self.job, trainer, is_late=self._is_late, spent=self.spent)
         stop_on_signals()
 
     def _is_late(self) -> bool:

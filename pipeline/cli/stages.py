@@ -21,9 +21,9 @@ from pipeline.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.chain import Spent
     from pipeline.config.settings import Settings
     from pipeline.jobs import Job
+    from pipeline.voices import Spent
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,9 +86,9 @@ def _run_stage(
     grace: float,
     **options: Any,
 ) -> None:
-    from pipeline.chain import NOTHING, check_shares
+    from pipeline.chain import check_shares
     from pipeline.cli.estimates import show_estimate
-    from pipeline.voices import check_models
+    from pipeline.voices import NOTHING, check_models
 
     settings = read_settings(run, **options)
     if dry_run:
@@ -172,7 +172,7 @@ def run_chain(
         asyncio.run(chains.run_chain(chain, max_time=max_time, watch=progress.watcher(console), warn=console.say))
     finally:
         stop_on_signals()
-        progress.show_work(console, chain)
+        progress.show_work(console, chain.journal, chain.engines)
         progress.show_counts(console, job, names)
     progress.show_satisfied(console, job, names)
     return spent.plus(chain.spent)

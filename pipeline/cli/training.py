@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.train.layouts import Kind
     from pipeline.train.scorers import Scorer
     from pipeline.train.stage import Job, Report
+    from pipeline.voices import Spent
 
 F = TypeVar("F", bound=Callable[..., Any])
 KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
@@ -118,28 +119,37 @@ def train_rrhf_command(
 def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
     def train(job: Job, settings: Settings) -> Report:
         from pipeline.jobs import scoring_model
+        from pipeline.voices import NOTHING
 
         scorer = reward_model
         if reward_model or (settings.train_ppo.reward == "model" and not options["out"]):
             scorer = scoring_model(options["run"], reward_model)
-        return _train_ppo(job, settings, scorer)
+        return _train_ppo(console, job, settings, scorer, NOTHING)
 
     _train(console, "ppo", train, **options)
 
 
-def _train_ppo(job: Job, settings: Settings, reward_model: str | None) -> Report:
-    """With the reward that the settings name."""
+def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str | None, spent: Spent) -> Report:
+    """With the reward and the sampler that the settings name. spent: by the call's steps before, of its budgets."""
     from constitution.principles import Constitution
+    from pipeline.cli.progress import show_work
     from pipeline.jobs import constitution_file
     from pipeline.live_judge import live_judge
     from pipeline.train.ppo import train_ppo
+    from pipeline.train.stage import JOURNAL, work_path
+    from pipeline.vllm_rollouts import vllm_sampler
 
     ppo = settings.train_ppo
-    if ppo.reward not in ("judge", "graded"):
-        return train_ppo(job, ppo, reward_model=reward_model)
-    constitution = Constitution.load(constitution_file(settings))
-    with live_judge(settings, constitution, job.start, ppo.reward) as judge:
-        return train_ppo(job, ppo, judge=judge)
+    with ExitStack() as held:
+        sampler = held.enter_context(vllm_sampler(settings)) if ppo.sampler == "vllm" else None
+        if ppo.reward not in ("judge", "graded"):
+            return train_ppo(job, ppo, reward_model=reward_model, sampler=sampler)
+        constitution, replies = Constitution.load(constitution_file(settings)), work_path(job.out) / JOURNAL
+        judge, source = held.enter_context(
+            live_judge(settings, constitution, job.start, ppo.reward, folder=replies, earlier=spent)
+        )
+        held.callback(lambda: show_work(console, judge.journal, judge.engines))
+        return train_ppo(job, ppo, judge=source, sampler=sampler)
 
 
 def _train(
@@ -226,10 +236,12 @@ def _carry_out(
         _show(console, trainer, report)
 
 
-def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: Callable[[], bool]) -> None:
+def train_in_run(
+    console: Console, opened: JobOfRun, trainer: str, *, is_late: Callable[[], bool], spent: Spent
+) -> None:
     """A training of `cai run`, from the run's datasets and where the trainer's own command starts.
 
-    is_late: asked after every step; the training stops then and can be resumed.
+    is_late: asked after every step; the training stops then and can be resumed. spent: by the steps before.
     """
     from pipeline import jobs
     from pipeline.lm.load import release_memory
@@ -249,7 +261,7 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
-    train = _trainer_of_run(trainer, run)
+    train = _trainer_of_run(console, trainer, run, spent)
     with _stop_requests() as should_stop, watching(console) as watch:
         made_from = _made_from(opened, trainer, job)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
@@ -259,13 +271,17 @@ def train_in_run(console: Console, opened: JobOfRun, trainer: str, *, is_late: C
     release_memory()
 
 
-def _trainer_of_run(trainer: str, run: Path) -> Callable[[Job, Settings], Report]:
+def _trainer_of_run(console: Console, trainer: str, run: Path, spent: Spent) -> Callable[[Job, Settings], Report]:
     """What trains in a run without further options."""
     from pipeline.jobs import scoring_model
 
     if trainer == "ppo":
         return lambda job, settings: _train_ppo(
-            job, settings, scoring_model(run, None) if settings.train_ppo.reward == "model" else None
+            console,
+            job,
+            settings,
+            scoring_model(run, None) if settings.train_ppo.reward == "model" else None,
+            spent,
         )
     train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
     return lambda job, settings: train(job, getattr(settings, f"train_{trainer}"))

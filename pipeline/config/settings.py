@@ -234,6 +234,7 @@ class TrainPpoSettings(TrainSettings):
     reward: `model`, `policy` (mean log-probability, as RRHF ranks), `judge` (against the starting model's answer),
     `graded` (1-10 by the judge), or `FILE.py:FUNCTION`. reencode: a reward model with another tokenizer reads
     the text again.
+    sampler: what draws completions: training itself (decode), or vLLM beside it with the same weights.
     minibatch_size: prompts of one update of the optimiser, num_inner_epochs times over the batch.
     advantages: of generalised advantage estimation with a value function, or of three baselines without one.
     value: a model of its own, or a head on the policy's backbone (joint). value_start: what it begins as.
@@ -252,6 +253,7 @@ class TrainPpoSettings(TrainSettings):
     num_samples: Count = 1
     max_tokens: Count = 128
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    sampler: Literal["decode", "vllm"] = "decode"
     minibatch_size: Count = 64
     num_inner_epochs: Count = 1
     advantages: Literal["gae", "policy-gradient", "rloo", "group-relative"] = "gae"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import heapq
-import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,14 +24,12 @@ import torch
 
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.engines.rendered import Renderer
-from pipeline.engines.vllm_model import shared_model
+from pipeline.engines.vllm_model import NUM_SEQUENCES, require_vllm, sampling_params, shared_model, told
 from pipeline.errors import EngineDown, EngineRefused
 from pipeline.lm.labels import FLOOR, Label, own_shares
 from pipeline.lm.load import hash_weights, identify
 from pipeline.lm.templates import Chat
 
-INSTALL = "pip install 'constitutional-pipeline[vllm]'"
-NUM_SEQUENCES = 256
 BACKLOG = 1.25
 """Requests handed to vLLM for each sequence that it computes at a time."""
 
@@ -71,8 +68,7 @@ class VllmEngine:
         data_parallel: int | Literal["auto"] = "auto",
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise EngineRefused(f"engine.backend: vllm is not installed; {INSTALL}, or set it to transformers")
+        require_vllm("engine.backend", instead="transformers")
         identity = identify(model, revision=revision, dtype=dtype)
         replicas = _replicas(tensor_parallel, data_parallel)
         num_sequences = concurrency or NUM_SEQUENCES
@@ -167,16 +163,9 @@ class VllmEngine:
         except BaseException as error:  # noqa: BLE001 -- those who asked get it
             for future in job.futures:
                 if not future.done():
-                    future.set_exception(self._told(error))
+                    future.set_exception(told(error))
         self._num_running -= len(job.requests)
         self._refill()
-
-    def _told(self, error: BaseException) -> BaseException:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if isinstance(error, EngineDeadError | asyncio.CancelledError):
-            return EngineDown("vLLM's process has ended; set VLLM_LOGGING_LEVEL=INFO to see why, and run again")
-        return error
 
     async def _sample(self, job: _Job) -> None:
         """Texts, each handed over when it is finished."""
@@ -184,7 +173,7 @@ class VllmEngine:
         prompt = self._renderer.prompt(request)
         params = self._params(request, n=len(job.requests), max_tokens=self._renderer.max_tokens(request, prompt))
         completions: list[list[int]] = [[] for _ in job.requests]
-        async for output in self._outputs(prompt, params):
+        async for output in self._model.outputs(prompt, params, self._lora):
             usage = Usage(len(prompt), 0, output.num_cached_tokens or 0)
             for part in output.outputs:
                 completion = completions[part.index]
@@ -218,8 +207,8 @@ class VllmEngine:
 
     async def _read(self, prompt: list[int], node: Label, tokens: Iterable[int]) -> tuple[dict[int, float], int]:
         """Log-probabilities of the tokens after prompt and node, and how many of the prompt's tokens were cached."""
-        params = _sampling_params(temperature=0.0, max_tokens=1, logprob_token_ids=sorted(tokens))
-        async for output in self._outputs([*prompt, *node], params):
+        params = sampling_params(temperature=0.0, max_tokens=1, logprob_token_ids=sorted(tokens))
+        async for output in self._model.outputs([*prompt, *node], params, self._lora):
             (found,) = output.outputs[0].logprobs
             return {token: found[token].logprob for token in tokens}, output.num_cached_tokens or 0
         raise EngineDown("vLLM gave no log-probabilities; run again")
@@ -227,7 +216,7 @@ class VllmEngine:
     def _params(self, request: Request, *, n: int, max_tokens: int) -> Any:
         """n > 1: sample i draws with the seed + i, and comes as soon as it is finished, not with the others."""
         sampled = request.temperature > 0
-        return _sampling_params(
+        return sampling_params(
             n=n,
             temperature=request.temperature,
             top_p=request.top_p if sampled else 1.0,
@@ -237,18 +226,6 @@ class VllmEngine:
             max_tokens=max_tokens,
             parts=n > 1,
         )
-
-    async def _outputs(self, prompt: list[int], params: Any) -> Any:
-        from vllm.inputs.engine import tokens_input
-
-        collector = await self._model.llm.add_request(
-            str(next(self._numbers)), tokens_input(prompt), params, lora_request=self._lora
-        )
-        finished = False
-        while not finished:
-            output = await collector.get()
-            finished = output.finished
-            yield output
 
 
 def _merged(jobs: list[_Job]) -> Iterator[_Job]:
@@ -276,28 +253,6 @@ def _without_seed(job: _Job) -> Any:
     text = prompt if isinstance(prompt, str) else tuple((turn["role"], turn["content"]) for turn in prompt)
     settings = (request.max_tokens, request.temperature, request.top_p, request.stop, request.labels)
     return (job.priority, text, settings)
-
-
-def _sampling_params(*, parts: bool = False, **said: Any) -> Any:
-    """Every parameter that changes a reply is said, so that no default of model or library does."""
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-    return SamplingParams(
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        min_tokens=0,
-        ignore_eos=False,
-        watermarking=False,
-        detokenize=bool(said.get("stop")),
-        # The first token of a part comes alone, the others when it is finished.
-        output_kind=RequestOutputKind.DELTA if parts else RequestOutputKind.FINAL_ONLY,
-        stream_interval=said["max_tokens"] if parts else None,
-        skip_clone=True,
-        **said,
-    )
 
 
 def _replicas(tensor_parallel: int, data_parallel: int | Literal["auto"]) -> int:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import itertools
 import json
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.engines import tether
-from pipeline.errors import EngineRefused
+from pipeline.errors import EngineDown, EngineRefused
 from pipeline.records import canonical
 
+NUM_SEQUENCES = 256
+"""That a model computes at a time, where nothing else is said."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Of LoRA adapters, those that vLLM makes room for."""
 _GIB = 1 << 30
@@ -31,6 +36,7 @@ class VllmModel:
         self.adapters: list[str] = []
         self._options = options
         self._users = 0
+        self._numbers = itertools.count()
 
     def join(self, adapter: str | None) -> None:
         """One more engine uses the model, with this adapter."""
@@ -63,6 +69,18 @@ class VllmModel:
             await self.start()
         elif torch.cuda.is_available():
             await self.llm.wake_up()
+
+    async def outputs(self, prompt: list[int], params: Any, lora: Any = None) -> AsyncIterator[Any]:
+        """vLLM's outputs to one request, as they come. lora: a `LoRARequest`."""
+        from vllm.inputs.engine import tokens_input
+
+        number = str(next(self._numbers))
+        collector = await self.llm.add_request(number, tokens_input(prompt), params, lora_request=lora)
+        finished = False
+        while not finished:
+            output = await collector.get()
+            finished = output.finished
+            yield output
 
     async def _stop(self) -> None:
         if self.llm is not None:
@@ -104,10 +122,7 @@ class VllmModel:
             # A request with a seed whose prompt is computed in several steps ends vLLM's CPU build (0.32).
             arguments["enable_chunked_prefill"] = False
         if self.adapters:
-            # vLLM 0.32 on a CPU adds the last place's adapter to rows that have none; that place stays empty.
-            places = len(self.adapters) + (0 if torch.cuda.is_available() else 1)
-            rank = max(_rank(adapter) for adapter in self.adapters)
-            arguments |= {"enable_lora": True, "max_loras": places, "max_cpu_loras": places, "max_lora_rank": rank}
+            arguments |= lora_arguments(len(self.adapters), max(map(_rank, self.adapters)))
         return arguments
 
 
@@ -119,6 +134,54 @@ def shared_model(adapter: str | None, **options: Any) -> VllmModel:
         found = _loaded[key] = VllmModel(options)
     found.join(adapter)
     return found
+
+
+def lora_arguments(num_adapters: int, rank: int) -> dict[str, Any]:
+    """Room for so many adapters at a time. Raises EngineRefused for a rank that vLLM has no room for."""
+    room = next((most for most in _RANKS if rank <= most), None)
+    if room is None:
+        raise EngineRefused(f"vllm: no room for an adapter of rank {rank}; take one up to {_RANKS[-1]}")
+    # vLLM 0.32 on a CPU adds the last place's adapter to rows that have none; that place stays empty.
+    places = num_adapters + (0 if torch.cuda.is_available() else 1)
+    return {"enable_lora": True, "max_loras": places, "max_cpu_loras": places, "max_lora_rank": room}
+
+
+def require_vllm(setting: str, *, instead: str) -> None:
+    """Raises EngineRefused if it is not installed. setting: that asks for it; instead: another value of that."""
+    if importlib.util.find_spec("vllm") is None:
+        install = "pip install 'constitutional-pipeline[vllm]'"
+        raise EngineRefused(f"{setting}: vllm is not installed; {install}, or set it to {instead}")
+
+
+def told(error: BaseException) -> BaseException:
+    """The error as whoever asked vLLM gets it."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, EngineDeadError | asyncio.CancelledError):
+        return EngineDown("vLLM's process has ended; set VLLM_LOGGING_LEVEL=INFO to see why, and run again")
+    return error
+
+
+def sampling_params(*, parts: bool = False, **said: Any) -> Any:
+    """Every parameter that changes a reply is said, so that no default of model or library does."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        min_tokens=0,
+        ignore_eos=False,
+        watermarking=False,
+        detokenize=bool(said.get("stop")),
+        # The first token of a part comes alone, the others when it is finished.
+        output_kind=RequestOutputKind.DELTA if parts else RequestOutputKind.FINAL_ONLY,
+        stream_interval=said["max_tokens"] if parts else None,
+        skip_clone=True,
+        **said,
+    )
 
 
 def _set_environment() -> None:
@@ -154,10 +217,9 @@ def _launch(arguments: dict[str, Any]) -> Any:
 
 
 def _rank(adapter: str) -> int:
-    """The least rank vLLM has room for that holds the adapter's. Raises EngineRefused where there is no adapter."""
+    """Raises EngineRefused where there is no adapter."""
     path = Path(adapter) / "adapter_config.json"
     try:
-        rank = json.loads(path.read_text())["r"]
-        return next(most for most in _RANKS if rank <= most)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise EngineRefused(f"engine.adapter: {path} names no rank up to {_RANKS[-1]}; give a LoRA folder") from error
+        return int(json.loads(path.read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineRefused(f"engine.adapter: {path} names no rank; give a LoRA folder") from error

@@ -105,6 +105,6 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clipr
 
     Huang et al., "The N implementation details of RLHF with PPO"; the half is in their code too. Any one shape.
     """
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain_errors, clipped_errors = (values - returns) ** 2, (clipped - returns) ** 2
     return Clipped(0.5 * torch.maximum(plain_errors, clipped_errors), clipped_errors > plain_errors)

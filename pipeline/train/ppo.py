@@ -31,6 +31,7 @@ from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
+from pipeline.train.samplers import Sampler
 from pipeline.train.stage import (
     Job,
     Plan,
@@ -48,10 +49,19 @@ from pipeline.train.trackers import check_installed
 
 
 def train_ppo(
-    job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None, judge: Source | None = None
+    job: Job,
+    settings: TrainPpoSettings,
+    *,
+    reward_model: str | None = None,
+    judge: Source | None = None,
+    sampler: Sampler | None = None,
 ) -> Report:
-    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones."""
+    """Reads, trains and publishes. reward_model: for the rewards `model` and `policy`; judge: for the other ones.
+
+    sampler: what the settings' sampler is, unless it is training itself.
+    """
     check_installed(job.trackers)
+    _check_sampler(settings, sampler)
     if ranks.size() > 1 and settings.parallel == "fsdp":
         raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
     loaded = ranks.together(lambda: load_start(job, settings, "language"))
@@ -72,7 +82,8 @@ def train_ppo(
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
     networks = open_networks(policy, job.start, source.model, settings, device=job.device, seed=job.seed)
-    task = Task(networks, chat, prompts["train"], prompts["test"], ptx, source.score, settings, folder, job.seed)
+    parts = (prompts["train"], prompts["test"], ptx)
+    task = Task(networks, chat, *parts, source.score, settings, folder, job.seed, source.measure, sampler)
     with followed(job, settings, folder, identity) as watch:
         outcome = optimise(task, watch=watch, warn=job.say, should_stop=job.should_stop)
     description = describe(
@@ -119,12 +130,13 @@ def optimise(
         rollouts = run.roll_out(task.prompts, batch, step=run.step)
         clock.lap("rollout")
 
-        scores = shaped_scores(task.score(rollouts), rollouts.has_ended, settings)
+        scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
         check_finite(run.where, {"score": float(scores.sum())})
         targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
         objective = objective_metrics(
             rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
         )
+        objective |= {f"objective/{name}": value for name, value in task.measure().items()}
         clock.lap("score")
 
         rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
@@ -212,6 +224,13 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
     found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
     return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+
+
+def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:
+    if settings.sampler != "decode" and sampler is None:
+        raise UsageError(f"train_ppo.sampler: {settings.sampler}: no sampler here")
+    if settings.sampler == "vllm" and ranks.size() > 1:
+        raise ranks.shared(UsageError("train_ppo.sampler: vllm serves one process; start it without torchrun"))
 
 
 def _open_reward(settings: TrainPpoSettings, name: str | None, job: Job, tokenizer: str) -> Source:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainPpoSettings
+from pipeline.errors import CaiError
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks
@@ -25,6 +26,7 @@ from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
 from pipeline.train.prompts import Prompts
 from pipeline.train.rewards import Score
 from pipeline.train.rollouts import Rollouts, roll_out
+from pipeline.train.samplers import DrawOutside, Sampler, draw_here
 
 EVAL = -1
 """Stands for the step in the seeds of validation completions: the same draws at every evaluation."""
@@ -32,7 +34,10 @@ EVAL = -1
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work."""
+    """What is trained, and on what. validation: prompts, may be empty. ptx: rows, None without. folder: of the work.
+
+    measure: see rewards.Source. sampler: that draws in the place of training itself.
+    """
 
     networks: Networks
     chat: Chat
@@ -43,6 +48,8 @@ class Task:
     settings: TrainPpoSettings
     folder: Path
     seed: int
+    measure: Callable[[], dict[str, float]] = dict
+    sampler: Sampler | None = None
 
 
 class Run:
@@ -52,6 +59,7 @@ class Run:
         self.task, self.settings = task, task.settings
         self.per_epoch = steps_per_epoch(len(task.prompts), self.settings.batch_size)
         self.total = self.per_epoch * self.settings.epochs
+        self.draw = DrawOutside(task.sampler, task.folder / "sampler") if task.sampler else draw_here
         self.learners: dict[str, Learner] = make_learners(task.networks)
         for learner in self.learners.values():
             ranks.copy_from_first([parameter.detach() for parameter in learner.parameters.values()])
@@ -73,7 +81,18 @@ class Run:
 
     def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
         seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
-        return roll_out(self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples)
+        return roll_out(
+            self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples, draw=self.draw
+        )
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """(B,) of a step's rollouts. If those who give the scores end the training, the steps before are saved."""
+        try:
+            return self.task.score(rollouts)
+        except CaiError:
+            if self.step:
+                self.save()
+            raise
 
     def count_tokens(self, rollouts: Rollouts) -> int:
         self.num_tokens += sum(map(rollouts.data.num_tokens, range(len(rollouts.data))))
@@ -103,6 +122,7 @@ class Run:
             "eval/kl": rollouts.kl.mean().item(),
             "eval/length": rollouts.completion_mask.sum(dim=1).float().mean().item(),
             "eval/ended": rollouts.has_ended.float().mean().item(),
+            **{f"eval/{name}": value for name, value in self.task.measure().items()},
         }
         if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters

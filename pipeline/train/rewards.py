@@ -30,11 +30,15 @@ Function = Callable[[list[Any], list[str]], list[float]]
 
 
 class Source(NamedTuple):
-    """fingerprint: identity, for card and resuming. model: a reward model that a value function may begin as."""
+    """fingerprint: identity, for card and resuming. model: a reward model that a value function may begin as.
+
+    measure: what more is to be logged of the last scores.
+    """
 
     score: Score
     fingerprint: dict[str, str]
     model: Any | None = None
+    measure: Callable[[], dict[str, float]] = dict
 
 
 def open_reward_model(

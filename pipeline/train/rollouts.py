@@ -1,16 +1,15 @@
 """Rollouts: completions that the policy draws, with what the networks say of each of their tokens.
 
-Drawn by `lm.decode`, which retires finished rows and keeps the drawn token's log-probability alone. A decoder lives for
-one batch, so that no cached prefix outlives the weights it was computed with. What a completion draws depends on its
-seed alone, and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities
-that training compares with are computed again, in the pass that training itself uses. Several processes deal the
-prompts among themselves, and all have all rollouts.
+Of what is drawn the drawn token's log-probability alone is kept. What a completion draws depends on its seed alone,
+and a seed on step, row and sample; so there is no state of a sampler to be kept. The log-probabilities that training
+compares with are computed again, in the pass that training itself uses. Several processes deal the prompts among
+themselves, and all have all rollouts.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,10 @@ from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import ranks
 from pipeline.train.batches import Data, own_microbatches
-from pipeline.train.loop import autocast
 from pipeline.train.networks import Networks
 from pipeline.train.prompts import Prompts
 from pipeline.train.rows import Row
-
-MAX_ROWS = 128
-"""Completions that are drawn at a time."""
+from pipeline.train.samplers import Draw, draw_here
 
 
 class Rollouts(NamedTuple):
@@ -56,10 +52,18 @@ class Rollouts(NamedTuple):
 
 
 def roll_out(
-    networks: Networks, chat: Chat, prompts: Prompts, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
+    networks: Networks,
+    chat: Chat,
+    prompts: Prompts,
+    rows: Sequence[int],
+    *,
+    seed: Sequence[int],
+    num_samples: int,
+    draw: Draw = draw_here,
 ) -> Rollouts:
     """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn."""
-    drawn = _dealt_samples(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
+    waiting = _waiting(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
+    drawn = _drawn(networks, waiting, draw, num_samples=num_samples)
     data, texts = Data(), [chat.text(one.completion) for one in drawn]
     for place, row in enumerate(rows):
         own = slice(place * num_samples, (place + 1) * num_samples)
@@ -82,23 +86,12 @@ def roll_out(
     )
 
 
-def _dealt_samples(
+def _waiting(
     networks: Networks, chat: Chat, data: Data, rows: Sequence[int], *, seed: Sequence[int], num_samples: int
 ) -> list[decode.Row]:
-    """The completions, num_samples for each row, in order; this process draws every so many-th row's."""
-    places = range(ranks.rank(), len(rows), ranks.size())
-    own = {place: rows[place] for place in places}
-    drawn = ranks.together(lambda: sample(networks, chat, data, own, seed=seed, num_samples=num_samples))
-    parts = [iter(part) for part in ranks.gather(drawn)]
-    return [next(parts[place % ranks.size()]) for place in range(len(rows)) for _ in range(num_samples)]
-
-
-def sample(
-    networks: Networks, chat: Chat, data: Data, rows: Mapping[int, int], *, seed: Sequence[int], num_samples: int
-) -> list[decode.Row]:
-    """The completions, num_samples for each row, in order. rows: place in the batch -> row."""
+    """What is to be continued, num_samples times each of the rows, in order."""
     settings = networks.settings
-    waiting = [
+    return [
         decode.Row(
             data.group(row).prompt.tolist(),
             max_tokens=settings.max_tokens,
@@ -106,19 +99,18 @@ def sample(
             seed=draw_seed(*seed, place, number),
             eos=chat.eos,
         )
-        for place, row in rows.items()
+        for place, row in enumerate(rows)
         for number in range(num_samples)
     ]
-    packed, was_training = networks.policy.config._attn_implementation, networks.policy.training
-    networks.policy.set_attn_implementation(networks.attention)
-    try:
-        with autocast(networks.policy, settings):
-            for _ in decode.decode(decode.Decoder(networks.policy, max_rows=MAX_ROWS), waiting):
-                pass
-    finally:
-        networks.policy.set_attn_implementation(packed)
-        networks.policy.train(was_training)
-    return waiting
+
+
+def _drawn(networks: Networks, waiting: list[decode.Row], draw: Draw, *, num_samples: int) -> list[decode.Row]:
+    """The same rows, continued; of several processes each draws every so many-th prompt's."""
+    owners = [n // num_samples % ranks.size() for n in range(len(waiting))]
+    own = [row for row, owner in zip(waiting, owners, strict=True) if owner == ranks.rank()]
+    ranks.together(lambda: draw(networks, own))
+    parts = [iter(part) for part in ranks.gather(own)]
+    return [next(parts[owner]) for owner in owners]
 
 
 def draw_seed(*numbers: int) -> int:

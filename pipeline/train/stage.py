@@ -33,6 +33,9 @@ from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import fill, shard, skeleton
 from pipeline.train.trackers import TENSORBOARD, check_installed, following
 
+JOURNAL = "journal"
+"""The folder of a live judge's replies in that of the work; they are kept by what was asked, whatever the settings."""
+
 
 def _ignore(_: Any) -> None:
     """Nobody watches."""
@@ -313,16 +316,29 @@ def published(out: Path, identity: str) -> dict[str, Any] | None:
     return found if found.get("identity") == identity else None
 
 
+def work_path(out: Path) -> Path:
+    """Where a model is while it is made."""
+    return out.with_name(f".{out.name}.training")
+
+
 def work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
-    """The folder of work in progress; what was begun from other inputs is thrown away."""
-    folder = out.with_name(f".{out.name}.training")
+    """The folder of work in progress; what was begun from other inputs is thrown away, but for paid replies."""
+    folder = work_path(out)
     marker = folder / "identity"
     if folder.exists() and not (marker.exists() and marker.read_text() == identity):
         say(f"{folder}: was begun with other inputs; starting afresh")
-        shutil.rmtree(folder)
+        _clear(folder)
     make_folder(folder)
     write_atomic(marker, identity.encode())
     return folder
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != JOURNAL:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:

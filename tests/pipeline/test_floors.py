@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),
     **dict.fromkeys(("recipe", "chain", "voices", "live_judge", "jobs", "report", "trial", "standing", "starter"), 4),
-    **dict.fromkeys(("doctor", "checks", "calibrate"), 4),
+    **dict.fromkeys(("doctor", "checks", "calibrate", "vllm_rollouts"), 4),
     "cli": 5,
 }
 SLOW = ("torch", "transformers", "vllm", "openai", "datasets", "pyarrow", "safetensors", "tokenizers", "httpx")

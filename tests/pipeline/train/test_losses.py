@@ -151,3 +151,9 @@ def test_the_clipped_value_loss_by_hand() -> None:
     found = ppo_value_loss(tensor(2, 2, 1.1), tensor(1, 1, 1), tensor(3, 2, 2), cliprange_value=0.2)
     assert close(found.losses, 0.5 * 1.8**2, 0.5 * 0.8**2, 0.5 * 0.9**2)
     assert found.is_clipped.tolist() == [True, True, False]
+
+
+def test_a_value_within_its_range_is_not_clipped_by_a_rounding_error() -> None:
+    """old + (new - old) is not always new."""
+    values, old, returns = (0.05 * torch.randn(1000, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    assert not ppo_value_loss(values, old, returns, cliprange_value=1.0).is_clipped.any()
