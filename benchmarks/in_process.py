@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from chains import Kept, run_chains
 from measured import Timeline
+from stepped import SteppedLLM
 
 from pipeline.engines import vllm_model
 from pipeline.engines.vllm import VllmEngine
@@ -28,11 +29,15 @@ class Sent(NamedTuple):
 
 
 class Bench:
-    """The pipeline's engine with these arguments of vLLM in place of its own, and one `LLM` with the same."""
+    """The pipeline's engine with these arguments of vLLM in place of its own, and one `LLM` with the same.
 
-    def __init__(self, model: Path, settings: dict[str, Any]) -> None:
+    is_stepped: vLLM's step loop in this process takes the place of its asynchronous engine.
+    """
+
+    def __init__(self, model: Path, settings: dict[str, Any], *, is_stepped: bool = False) -> None:
         self._model = str(model)
         self._settings = settings
+        self._launch = SteppedLLM if is_stepped else vllm_model._launch
         self._numbers = itertools.count()
         self.engine = VllmEngine(
             self._model,
@@ -42,8 +47,7 @@ class Bench:
         )
 
     async def start(self) -> None:
-        launch = vllm_model._launch
-        with patch.object(vllm_model, "_launch", lambda arguments: launch({**arguments, **self._settings})):
+        with patch.object(vllm_model, "_launch", lambda arguments: self._launch({**arguments, **self._settings})):
             await self.engine.start()
         from vllm import LLM
 
@@ -55,7 +59,7 @@ class Bench:
 
     @property
     def _bare(self) -> Any:
-        """The `AsyncLLM` that the pipeline's engine asks."""
+        """The `AsyncLLM` that the pipeline's engine asks, or what stands for it."""
         return self.engine._model.llm
 
     async def pipeline(self, folder: Path, prompts: Path, **how: Any) -> tuple[Timeline, list[Sent]]:
@@ -84,7 +88,7 @@ class Bench:
             yield sent
 
     async def replay(self, sent: list[Sent]) -> Timeline:
-        """All requests at once, by nothing but vLLM's asynchronous engine."""
+        """All requests at once, by nothing but vLLM's engine."""
         from vllm.inputs.engine import tokens_input
 
         await self._bare.reset_prefix_cache()

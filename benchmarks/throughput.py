@@ -74,7 +74,7 @@ class Prompts(NamedTuple):
 async def process_part(options: argparse.Namespace, settings: dict[str, Any], model: Path, prompts: Prompts) -> Runs:
     from in_process import Bench
 
-    bench, runs = Bench(model, settings), []
+    bench, runs = Bench(model, settings, is_stepped=options.step_loop), []
     await bench.start()
 
     async def run_round(file: Path, style: str, round_: int) -> None:
@@ -138,6 +138,7 @@ def read_options() -> argparse.Namespace:
         "--max-tokens", type=int, default=24, help="of a draft, a critique and a revision: their length"
     )
     parser.add_argument("--styles", nargs="+", choices=("chat", "few-shot"), default=["chat", "few-shot"])
+    parser.add_argument("--step-loop", action="store_true", help="in process: instead of vLLM's asynchronous engine")
     parser.add_argument("--gpu", action="store_true", help="settings for a GPU, and a model of 700M parameters")
     parser.add_argument("--distilabel-python", help="of its environment; without it distilabel is left out")
     parser.add_argument("--work", type=Path, default=Path("runs/throughput"), help="model, prompts, runs and logs")
