@@ -71,7 +71,7 @@ class VllmEngine:
         identity = identify(model, revision=revision, dtype=dtype)
         replicas = _replicas(tensor_parallel, data_parallel)
         num_sequences = concurrency or NUM_SEQUENCES
-        self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+        self.name = _named(name or (Path(model).resolve().name if Path(model).is_dir() else model), adapter)
         self.concurrency = round(BACKLOG * num_sequences * replicas)
         self.context = min((limit for limit in (identity.context, context) if limit), default=None)
         self.chat = Chat(identity.tokenizer, eos=identity.eos)
@@ -262,3 +262,11 @@ def _replicas(tensor_parallel: int, data_parallel: int | Literal["auto"]) -> int
 def _hash_adapter(folder: Path) -> str:
     """Identity of a LoRA adapter by content."""
     return hashlib.sha256((folder / "adapter_config.json").read_bytes() + hash_weights(folder).encode()).hexdigest()
+
+
+def _named(model: str, adapter: str | None) -> str:
+    """The model, and its adapter by folder: that of the trained model where trainers put one, in `MODEL/adapter`."""
+    if not adapter:
+        return model
+    folder = Path(adapter).resolve()
+    return f"{model}+{(folder.parent if folder.name == 'adapter' else folder).name}"
