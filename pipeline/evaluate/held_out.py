@@ -134,8 +134,8 @@ def measure(run: Path, *, cases: int = CASES, seed: int = 0) -> Measured:
 
 def _test_pairs(reward_model: Path) -> Rate:
     training = read_json(reward_model / "training.json")
-    rows = training["data"]["test"]["rows"]
-    return wilson(round(training["metrics"].get("eval/scores/accuracy", 0.0) * rows), rows)
+    pairs = training["data"]["test"].get("comparisons", 0)
+    return wilson(round(training["metrics"].get("eval/scores/accuracy", 0.0) * pairs), pairs)
 
 
 def table(found: Measured) -> list[str]:
