@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.voices import Spent
 
 F = TypeVar("F", bound=Callable[..., Any])
-KINDS: dict[str, Kind] = {"sft": "sft", "rm": "pairs", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
+KINDS: dict[str, Kind] = {"sft": "sft", "rm": "comparisons", "dpo": "pairs", "rrhf": "ranked", "ppo": "prompts"}
 
 
 def _training_options(function: F) -> F:

@@ -1,7 +1,8 @@
 """The protocol between those who ask and those who answer.
 
 An engine turns one `Request` into one `Reply`. It knows nothing of records, stages or the journal. It may batch what is
-in flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first.
+in flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first. All requests of a
+record have one priority, those of different records different ones, so that it tells which prompts begin alike.
 """
 
 from __future__ import annotations

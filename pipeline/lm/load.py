@@ -207,7 +207,7 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     )
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str, setting: str = "engine.device") -> torch.device:
     """auto -> CUDA, then MPS, then CPU. Raises EngineRefused for a device that is not here."""
     if device == "auto":
         if torch.cuda.is_available():
@@ -217,7 +217,7 @@ def pick_device(device: str) -> torch.device:
         torch.zeros(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise EngineRefused(f"engine.device: {device} is not available here; use auto, cuda, mps or cpu") from error
+        raise EngineRefused(f"{setting}: {device} is not available here; use auto, cuda, mps or cpu") from error
 
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:

@@ -19,6 +19,7 @@ import torch
 from pipeline.lm.forward import Group
 from pipeline.lm.templates import Chat
 from pipeline.train import ranks
+from pipeline.train.layouts import Comparison
 from pipeline.train.rows import Row
 
 TooLong = Literal["drop", "cut"]
@@ -45,6 +46,9 @@ class Data:
         self.ids: list[str] = []
         self.probability = array("d")
         self.scores = array("d")
+        self._compared = array("i")  # of each comparison, first and second
+        self._compared_probability = array("d")
+        self._comparison_ends = array("q", [0])  # of each row
         self._tokens = array("i")
         self._ends = array("q", [0])  # of prompt, completion, completion, prompt, …
         self._first = array("q", [0])  # of each row, the number of its prompt's piece
@@ -57,8 +61,14 @@ class Data:
         return len(self.ids)
 
     def add(self, row: Row, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> None:
-        scores = row.scores or [0.0] * len(completions)
-        self.add_tokens(row.id, prompt, completions, probability=row.probability, scores=scores)
+        self.add_tokens(
+            row.id,
+            prompt,
+            completions,
+            probability=row.probability,
+            scores=row.scores,
+            comparisons=row.comparisons,
+        )
 
     def add_tokens(
         self,
@@ -68,6 +78,7 @@ class Data:
         *,
         probability: float = 1.0,
         scores: Sequence[float] = (),
+        comparisons: Sequence[Comparison] = (),
     ) -> None:
         """scores: of each completion; 0 if there are none."""
         for piece in (prompt, *completions):
@@ -77,6 +88,10 @@ class Data:
         self.ids.append(id)
         self.probability.append(probability)
         self.scores.extend(scores or [0.0] * len(completions))
+        for first, second, likelihood in comparisons:
+            self._compared.extend((first, second))
+            self._compared_probability.append(likelihood)
+        self._comparison_ends.append(len(self._compared_probability))
 
     def group(self, index: int) -> Group:
         pieces = range(self._first[index], self._first[index + 1])
@@ -86,6 +101,22 @@ class Data:
     def row_scores(self, index: int) -> list[float]:
         own = self.completions(index)
         return [*self.scores[own.start : own.stop], *self._fresh(index).scores]
+
+    def comparisons(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which two of a row's completions are compared, and the probability that the first is better: (C,) each.
+
+        A pair that was added without any is one, with its own probability.
+        """
+        begin, end = self._comparison_ends[index : index + 2]
+        if begin == end:
+            return torch.tensor([0]), torch.tensor([1]), torch.tensor([self.probability[index]])
+        first, second = torch.tensor(self._compared[2 * begin : 2 * end]).view(-1, 2).T
+        return first, second, torch.tensor(self._compared_probability[begin:end], dtype=torch.float32)
+
+    @property
+    def num_comparisons(self) -> int:
+        """Of all rows; 0 where rows are pairs."""
+        return len(self._compared_probability)
 
     def completions(self, index: int) -> range:
         """Which completions of the whole data belong to a row."""
@@ -108,7 +139,8 @@ class Data:
     def digest(self) -> str:
         """sha256 of tokens, labels and order."""
         total = hashlib.sha256()
-        for part in (self._tokens, self._ends, self._first, self.probability, self.scores):
+        compared = (self._compared, self._compared_probability, self._comparison_ends)
+        for part in (self._tokens, self._ends, self._first, self.probability, self.scores, *compared):
             total.update(len(part).to_bytes(8, "big") + part.tobytes())
         return total.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ TITLES = {
 }
 
 
+def in_words(counts: Mapping[str, Any]) -> str:
+    """Of a part of the data: `rows 290, cut 0, …`."""
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if name != "sha256")
+
+
 def write_card(path: Path, description: dict[str, Any]) -> None:
     start, data = description["start"], description["data"]
     front = {"base_model": start["name"], "tags": ["constitutional-ai", description["trainer"]]}
@@ -30,9 +36,9 @@ def write_card(path: Path, description: dict[str, Any]) -> None:
         f"Trained by `cai train-{description['trainer']}` from {start['name']} (weights {start['weights'][:16]}).",
         f"The weights are those after step {description['step']}.",
         "",
-        "| data | rows | sha256 of its tokens |",
+        "| data | of it | sha256 of its tokens |",
         "|---|---|---|",
-        *(f"| {name} | {each['rows']} | {each['sha256'][:16]} |" for name, each in data.items()),
+        *(f"| {name} | {in_words(each)} | {each['sha256'][:16]} |" for name, each in data.items()),
         "",
         *(f"- {source}" for source in description["sources"]),
         *(f"- {name}: {value}" for name, value in description["made_from"].items()),

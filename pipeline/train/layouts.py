@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 from pipeline.conversations import (
@@ -19,10 +21,21 @@ from pipeline.records import Message
 
 DOCS = "see docs/datasets.md"
 
-Kind = Literal["sft", "pairs", "ranked", "prompts", "any"]
-"""any: all completions that a row has, with the scores or the order that they may have."""
+Kind = Literal["sft", "pairs", "comparisons", "ranked", "prompts", "any"]
+"""comparisons: a pair, or all pairs of a ranking.
+
+any: all completions that a row has, with the scores or the order that they may have.
+"""
 
 _WHOLE = ("messages", "transcript", "text")
+
+
+class Comparison(NamedTuple):
+    """Two of a prompt's completions, by their places, and the probability in [0, 1] that the first is better."""
+
+    first: int
+    second: int
+    probability: float
 
 
 class Example(NamedTuple):
@@ -30,13 +43,14 @@ class Example(NamedTuple):
 
     prompt: ends with a user turn. completions: none (prompts), one (sft), two (pairs) or more (ranked); not empty.
     probability: in [0, 1], that the first of a pair is better. scores: of each ranked completion, higher is better; of
-    kind any () where a row says nothing of its order.
+    kind any () where a row says nothing of its order. comparisons: at least one, of that kind alone.
     """
 
     prompt: list[Message]
     completions: tuple[str, ...]
     probability: float = 1.0
     scores: tuple[float, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
 
 class _Prompt(NamedTuple):
@@ -63,6 +77,8 @@ def read_example(fields: dict[str, Any], where: str, kind: Kind) -> Example | st
         return _imitation(columns, where)
     if kind == "pairs":
         return _pair(columns, where)
+    if kind == "comparisons":
+        return _compared(columns, where)
     if kind == "prompts":
         return _question(columns, where)
     return _ranking(columns, where) if kind == "ranked" else _any(columns, where)
@@ -114,6 +130,26 @@ def _pair(columns: dict[str, Any], where: str) -> Example | str:
     if probability == 0.5:
         return "tie"
     return Example(found[0].prompt, (found[0].answer, found[1].answer), probability)
+
+
+def _compared(columns: dict[str, Any], where: str) -> Example | str:
+    """A pair, or what the scores of a ranking say of each two of its completions."""
+    if "completions" not in columns or "chosen" in columns:
+        pair = _pair(columns, where)
+        return pair if isinstance(pair, str) else pair._replace(comparisons=(Comparison(0, 1, pair.probability),))
+    ranking = _ranking(columns, where)
+    if isinstance(ranking, str):
+        return ranking
+    comparisons = tuple(_in_order(ranking))
+    return ranking._replace(comparisons=comparisons) if comparisons else "same_text"
+
+
+def _in_order(ranking: Example) -> Iterator[Comparison]:
+    """The better one first; equals are left out, in score and in text."""
+    texts = [text.split() for text in ranking.completions]
+    for i, j in combinations(range(len(texts)), 2):
+        if ranking.scores[i] != ranking.scores[j] and texts[i] != texts[j]:
+            yield Comparison(i, j, 1.0) if ranking.scores[i] > ranking.scores[j] else Comparison(j, i, 1.0)
 
 
 def _chosen_rejected(columns: dict[str, Any], where: str) -> tuple[list[_Answered], float]:

@@ -8,15 +8,12 @@ by their spread.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config.settings import TrainRmSettings
 from pipeline.train.batches import Data
-from pipeline.train.layouts import Kind
 from pipeline.train.loop import Terms
 from pipeline.train.losses import centering_loss, ranking_loss
 from pipeline.train.scorers import reward_scores
@@ -37,7 +34,7 @@ class Comparisons:
         scores = reward_scores(model, groups).split([len(group.completions) for group in groups])
         losses, gaps = [], []
         for row, own in zip(rows, scores, strict=True):
-            first, second, probability = comparisons(data, row)
+            first, second, probability = data.comparisons(row)
             loss = ranking_loss(own, first, second, probability.to(own.device))
             losses.append(loss + self.center_coef * centering_loss(own))
             gaps.append((own[first] - own[second]) * (2 * (probability > 0.5) - 1).to(own.device))
@@ -46,26 +43,12 @@ class Comparisons:
         return Terms(torch.stack(losses), metrics)
 
 
-def comparisons(data: Data, row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which completions of a row are compared, and the probability that the first is better: (C,) each.
-
-    A pair has its own probability; of ranked completions the higher score is better, and equals are left out.
-    """
-    scores = data.row_scores(row)
-    if len(set(scores)) == 1:
-        return torch.tensor([0]), torch.tensor([1]), torch.tensor([data.probability[row]])
-    pairs = [(i, j) for i, j in combinations(range(len(scores)), 2) if scores[i] != scores[j]]
-    first, second = zip(*[(i, j) if scores[i] > scores[j] else (j, i) for i, j in pairs], strict=True)
-    return torch.tensor(first), torch.tensor(second), torch.ones(len(pairs))
-
-
-def train_rm(job: Job, settings: TrainRmSettings, kind: Kind = "pairs") -> Report:
-    """kind: pairs, or ranked."""
+def train_rm(job: Job, settings: TrainRmSettings) -> Report:
     return train(
         job,
         settings,
         trainer="rm",
-        kind=kind,
+        kind="comparisons",
         make_objective=lambda opened: Comparisons(settings.center_coef),
         head="score",
     )

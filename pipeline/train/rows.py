@@ -2,7 +2,8 @@
 
 A source's rows come in its order, sources one after the other. Weight and split are choices by hash, row for row: a
 row is taken floor(weight) times, and once more if its hash lies in the rest, so that a larger weight keeps what a
-smaller one took. docs/datasets.md says what is read.
+smaller one took. Of kind comparisons all rows of a prompt in one source are one. docs/datasets.md says
+what is read.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pipeline.config.settings import SplitSettings
 from pipeline.conversations import read_text
 from pipeline.dataset_folder import verify
 from pipeline.errors import IncompleteError, UsageError
-from pipeline.records import Message, digest
+from pipeline.records import Message, digest, message_id
 from pipeline.sources import hf_parts, hf_splits, is_hf, read_fields
 from pipeline.splits import row_hash, split_of
 from pipeline.store import RunFolder
-from pipeline.train.layouts import DOCS, Example, Kind, read_example
+from pipeline.train.layouts import DOCS, Comparison, Example, Kind, read_example
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -31,6 +32,7 @@ Fields = Iterator[tuple[str, dict[str, Any]]]
 DATASETS: dict[Kind, tuple[str, ...]] = {
     "sft": ("sft",),
     "pairs": ("preference",),
+    "comparisons": ("preference",),
     "ranked": ("ranked",),
     "prompts": ("prompts",),
     "any": ("ranked", "preference", "sft"),
@@ -50,7 +52,8 @@ class Row(NamedTuple):
 
     id: the input's own, or made from prompt and completions; the same for a row that is repeated, and not always
     another one in another source.
-    label_source: `ai`, `given` or what the input says. tags: the input's own.
+    label_source: `ai`, `given` or what the input says; `mixed` where a prompt's comparisons differ in it.
+    tags: the input's own.
     """
 
     id: str
@@ -60,6 +63,7 @@ class Row(NamedTuple):
     scores: tuple[float, ...]
     label_source: str
     tags: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
 
 @dataclass
@@ -121,6 +125,16 @@ def read(
 
 
 def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings, tally: Tally) -> Iterator[Row]:
+    found = _rows_of_split(source, kind, split, shares, tally)
+    counted = _by_prompt(found) if kind == "comparisons" else ((row, 1) for row in found)
+    for row, num_rows in counted:
+        copies = _copies(source.weight, row.id)
+        tally.used += num_rows if copies else 0
+        yield from [row] * (copies if split == "train" else min(copies, 1))
+
+
+def _rows_of_split(source: Source, kind: Kind, split: Split, shares: SplitSettings, tally: Tally) -> Iterator[Row]:
+    """Each once."""
     found, is_split = _open(source.path, kind, split)
     for where, fields in found:
         tally.rows += 1
@@ -131,19 +145,17 @@ def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings
         elif not is_split and _split(fields, example, shares) != split:
             tally.other_split += 1
         else:
-            row = _row(fields, example, where)
-            copies = _copies(source.weight, row.id)
-            tally.used += copies > 0
-            yield from [row] * (copies if split == "train" else min(copies, 1))
+            yield _row(fields, example, where)
 
 
 def _row(fields: dict[str, Any], example: Example, where: str) -> Row:
     id, label_source, tags = (fields.get(name) for name in ("id", "label_source", "tags"))
     return Row(
         digest([example.prompt, example.completions])[:32] if id is None else read_text(str(id), where, "id"),
-        *example,
+        *example[:4],
         "given" if label_source is None else read_text(label_source, where, "label_source"),
         tuple(read_text(tag, where, "tags") for tag in tags) if isinstance(tags, list) else (),
+        example.comparisons,
     )
 
 
@@ -160,6 +172,46 @@ def _split(fields: dict[str, Any], example: Example, shares: SplitSettings) -> S
     if own in ("test", "validation"):
         return "test"
     return "test" if split_of(example.prompt, shares) == "test" else "train"
+
+
+# All rows of a prompt in one
+
+
+class _Prompt:
+    """What rows say of one prompt: its different completions, and how they compare."""
+
+    def __init__(self, first: Row) -> None:
+        self.first = first
+        self.label_sources: Counter[str] = Counter()
+        self._places: dict[str, int] = {}
+        self._comparisons: list[Comparison] = []
+        self._tags: dict[str, None] = {}
+
+    def add(self, row: Row) -> None:
+        self.label_sources[row.label_source] += 1
+        self._tags |= dict.fromkeys(row.tags)
+        places = [self._places.setdefault(text, len(self._places)) for text in row.completions]
+        for first, second, probability in row.comparisons:
+            self._comparisons.append(Comparison(places[first], places[second], probability))
+
+    def row(self) -> Row:
+        """With the id of the first one."""
+        return self.first._replace(
+            completions=tuple(self._places),
+            probability=1.0,
+            scores=(),
+            label_source="mixed" if len(self.label_sources) > 1 else self.first.label_source,
+            tags=tuple(self._tags),
+            comparisons=tuple(self._comparisons),
+        )
+
+
+def _by_prompt(rows: Iterable[Row]) -> Iterator[tuple[Row, int]]:
+    """One row for each prompt, in the order of their first ones, and of how many it is made. Holds all of them."""
+    prompts: dict[str, _Prompt] = {}
+    for row in rows:
+        prompts.setdefault(message_id(row.prompt), _Prompt(row)).add(row)
+    yield from ((prompt.row(), prompt.label_sources.total()) for prompt in prompts.values())
 
 
 # Where rows lie

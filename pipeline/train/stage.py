@@ -228,7 +228,11 @@ def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
 
 
 def _counts(data: dict[str, Data]) -> dict[str, Any]:
-    return {name: {"rows": len(each), "cut": each.num_cut, **each.left_out} for name, each in data.items()}
+    found: dict[str, Any] = {}
+    for name, each in data.items():
+        compared = {"comparisons": each.num_comparisons} if each.num_comparisons else {}
+        found[name] = {"rows": len(each), **compared, "cut": each.num_cut, **each.left_out}
+    return found
 
 
 def read_data(

@@ -263,12 +263,13 @@ def test_a_journal_line_is_json_with_its_crc_first(tmp_path: Path) -> None:
     assert line["reply"] == {"text": "answer 0", "finish_reason": "stop", "usage": [0, 2, 0]}
 
 
-def test_the_load_is_what_runs_and_what_waits_by_each_engines_concurrency(tmp_path: Path) -> None:
-    loads: list[tuple[int, int]] = []
+def test_requests_are_in_flight_from_when_an_engine_is_asked_until_their_replies_are_kept(tmp_path: Path) -> None:
+    """However many of them an engine works on: what its concurrency is a backlog or a limit of, only it knows."""
+    seen: list[tuple[int, int]] = []
     journal = Journal(tmp_path)
 
     def say(request: Request) -> str:
-        loads.append(journal.load())
+        seen.append((journal.in_flight, journal.asked))
         return "x"
 
     async def whole() -> None:
@@ -281,5 +282,5 @@ def test_the_load_is_what_runs_and_what_waits_by_each_engines_concurrency(tmp_pa
         await journal.close()
 
     asyncio.run(whole())
-    assert loads[0] == (2 + 3, 3)
-    assert journal.load() == (0, 0)
+    assert seen == [(5 + 3, 0)] * (5 + 3)
+    assert (journal.in_flight, journal.asked) == (0, 5 + 3)

@@ -3,7 +3,8 @@
 Elsewhere: prompt and completion that merge at the border, a beginning token twice, truncation that eats the completion
 (test_batches); padding that is the end of a turn hides it from a reward model, a big batch in pieces, a loss that is
 not finite, DPO at ln 2, RRHF with one completion (test_stages); soft labels, the sign of DPO, RRHF's weight
-(test_losses); samples after the weights changed (test_resample); the prompt shared by completions (lm/test_forward).
+(test_losses); a reward model with an element for each pair of a prompt (test_comparisons); samples after the weights
+changed (test_resample); the prompt shared by completions (lm/test_forward).
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from pipeline.records import Message
 from pipeline.train.batches import Data, tokenise
 from pipeline.train.dpo import Preference
 from pipeline.train.loop import autocast, silence_dropout
-from pipeline.train.rm import Comparisons
 from pipeline.train.rows import Row
 from pipeline.train.rrhf import Ranking
 from pipeline.train.sft import Imitation
@@ -308,11 +308,3 @@ def test_a_reward_model_overfits_64_pairs_from_ln_2_to_all_right(tmp_path: Path)
     lines = metrics(tmp_path / "rm")
     assert math.isclose(lines[0]["loss"], math.log(2), abs_tol=1e-6)
     assert [line["scores/accuracy"] for line in lines[-2:]] == [1.0, 1.0]  # the two batches of the last epoch
-
-
-def test_a_reward_model_counts_all_comparisons_of_a_prompt_as_one_term() -> None:
-    """A prompt with ten comparisons would weigh as much as ten prompts, and overfits (Ouyang et al. 2022, 3.5)."""
-    data = data_of([rows_of(1)[0], rows_of(2)[1]._replace(completions=("Yes.", "No."), scores=(1.0, 0.0))])
-    model = t.LlamaForSequenceClassification(copy.deepcopy(tiny_llama().config)).eval()
-    assert sum(Comparisons(0.0).num_terms(data, row) for row in range(2)) == 2
-    assert Comparisons(0.0)(model, data, [0, 1]).losses.shape == (2,)

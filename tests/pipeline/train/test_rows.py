@@ -15,7 +15,7 @@ from pipeline.config.settings import ExportSettings, SplitSettings
 from pipeline.errors import CorruptError, IncompleteError, UsageError
 from pipeline.stages.export import export_run
 from pipeline.store import RunFolder
-from pipeline.train.rows import Row, Source, Tally, parse_source, read
+from pipeline.train.rows import SPLITS, Row, Source, Tally, parse_source, read
 from tests.pipeline.train.row_files import ALL, Fields, assistant, jsonl, parquet, refusal, rows_of, user
 from tests.support import play
 
@@ -236,6 +236,21 @@ def test_a_run_gives_its_own_datasets_with_their_own_split(run: Path) -> None:
             for e in expected["ranked"]
         ]
     assert rows_of(run / "datasets" / "preference", "pairs") == rows_of(run, "pairs")
+
+
+def test_a_reward_model_sees_each_prompt_of_a_run_once_with_every_label_of_its_pairs(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "prompts.jsonl", *({"prompt": f"Question {n}?"} for n in range(12)))
+    play(tmp_path / "r", {"prompts": {"sources": [{"path": str(path)}]}, "export": {"pairs": "all"}})
+    pairs = [row for split in SPLITS for row in rows_of(tmp_path / "r", "pairs", split)]
+    found = [row for split in SPLITS for row in rows_of(tmp_path / "r", "comparisons", split)]
+    prompts = [row.prompt[0]["content"] for row in found]
+    assert len(prompts) == len(set(prompts)) == len({row.prompt[0]["content"] for row in pairs}) < len(pairs)
+    labels = Counter(
+        (row.prompt[0]["content"], row.completions[c.first], row.completions[c.second], c.probability)
+        for row in found
+        for c in row.comparisons
+    )
+    assert labels == Counter((row.prompt[0]["content"], *row.completions, row.probability) for row in pairs)
 
 
 def test_a_run_exported_as_text_gives_the_same_rows(run: Path, tmp_path: Path) -> None:
