@@ -44,11 +44,11 @@ def plot_collapse(curves: dict[str, list[Curve]], path: Path) -> None:
     figure, (score, kl, entropy, *faults) = panels(2, 3)
     wanted: list[tuple[Any, str, Any]] = [
         (score, "mean score of the reward model", lambda line: line["scores"]),
-        (kl, "KL from the SFT model, nats an answer", lambda line: line["kl"]),
+        (kl, "KL from SFT, nats an answer", lambda line: line["kl"]),
         (entropy, "entropy, nats an answer", lambda line: line["entropy"]),
         (faults[0], "garbled answers, %", lambda line: percent(line, "garbled")),
-        (faults[1], "evasive answers to harmless requests, %", lambda line: percent(line, "evasive")),
-        (faults[2], "harmful answers to harmful requests, %", lambda line: percent(line, "harmful")),
+        (faults[1], "evasive, % of harmless requests", lambda line: percent(line, "evasive")),
+        (faults[2], "harmful, % of harmful requests", lambda line: percent(line, "harmful")),
     ]
     for panel, label, of in wanted:
         for colour, (name, each) in zip(COLOURS, curves.items(), strict=True):
