@@ -161,6 +161,8 @@ def _num_rows(settings: Settings, trainer: str, split: str, given: int) -> int:
     in_phase_1, in_phase_2 = settings.recipe.pairs != "samples", settings.recipe.pairs != "revisions" and is_preference
     if trainer == "rrhf":
         return in_phase_1 + in_phase_2
+    if trainer == "rm":
+        return int(is_preference)  # all pairs of a prompt are one row
     pairs_1 = _num_pairs(settings, given + _num_candidates(settings, samples), chains=samples)
     pairs_2 = _num_pairs(settings, settings.generate.samples)
     return is_preference * (in_phase_1 * pairs_1 + in_phase_2 * pairs_2)

@@ -185,10 +185,10 @@ PROMPTS = {("sft", 0): 10, ("preference", 0): 10, ("test", 0): 5}
     ("sections", "prompts", "expected"),
     [
         ({}, PROMPTS, {"sft": 10, "rm": 10, "dpo": 10, "rrhf": 10, "ppo": 20}),
-        ({"recipe": {"pairs": "both"}}, PROMPTS, {"sft": 10, "dpo": 10 + 10, "rrhf": 20 + 10}),
+        ({"recipe": {"pairs": "both"}}, PROMPTS, {"sft": 10, "rm": 10, "dpo": 10 + 10, "rrhf": 20 + 10}),
         # Two drafts and two ends of chains make 6 pairs, with all of two rounds' revisions 15; two samples make one.
         ({"recipe": {"pairs": "revisions"}, "export": {"pairs": "all"}}, PROMPTS, {"dpo": 10 * 6, "rrhf": 20}),
-        ({"recipe": {"pairs": "both"}, "export": {"pairs": "all"}}, PROMPTS, {"dpo": 10 * (6 + 1)}),
+        ({"recipe": {"pairs": "both"}, "export": {"pairs": "all"}}, PROMPTS, {"rm": 10, "dpo": 10 * (6 + 1)}),
         (
             {"recipe": {"pairs": "both"}, "export": {"pairs": "all"}, "rank": {"candidates": "all"}},
             PROMPTS,
