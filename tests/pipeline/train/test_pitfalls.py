@@ -241,7 +241,19 @@ def test_no_dropout_is_left_in_training(name: str, packed: bool, checkpointing: 
 # Metrics
 
 
-@pytest.mark.parametrize("trainer", ["sft", "rrhf", "dpo"])
+def test_a_dpo_pair_is_right_when_the_answer_that_its_label_prefers_has_the_larger_reward() -> None:
+    """A soft label below one half says that the second answer is the better one."""
+    labels, gains = (0.8, 0.2, 0.8, 0.2), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    rows = [row._replace(probability=label) for row, label in zip(rows_of(4, 2), labels, strict=True)]
+    model, data = llama(), data_of(rows)
+    references = completion_logps(model, [data.group(row) for row in range(4)]).sums.detach()
+    references[0::2] -= gains
+    metrics = Preference(TrainDpoSettings(), {id(data): references})(model, data, range(4)).metrics
+    assert torch.allclose(metrics["rewards/margin"], 0.1 * gains, atol=1e-4)
+    assert metrics["rewards/accuracy"].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("trainer", ["sft", "rrhf", "dpo", "rm"])
 def test_metrics_do_not_count_padding(trainer: str) -> None:
     """The same numbers from rows that are padded to a common width and from rows that never are."""
     rows = (
