@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -167,4 +168,32 @@ def kept_bytes(model: Any, groups: Sequence[Group]) -> int:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_system_bytes()
+
+
+def free_system_bytes(root: Path = Path("/")) -> int:
+    """What a process may still take: the system's available memory, page cache included, or less in a container."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = 1024 * _numbers(meminfo.read_text())["MemAvailable:"]
+    return min([available, *_free_in_groups(root)])
+
+
+def _free_in_groups(root: Path) -> list[int]:
+    """In the process's control group and those around it, as far as they have a limit (version 2 alone)."""
+    own = next((line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/")
+    base = root / "sys/fs/cgroup"
+    group, found = base / own.strip("/"), list[int]()
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(base) and (folder / "memory.max").exists():
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            cache = _numbers((folder / "memory.stat").read_text())["inactive_file"]  # given up when memory is short
+            found += [int(limit) - used + cache] if limit != "max" else []
+    return found
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    return {words[0]: int(words[1]) for words in map(str.split, text.splitlines())}
