@@ -70,6 +70,16 @@ def llama(*, packed: bool = True) -> Any:
     return model
 
 
+def reward_llama(*, packed: bool = True) -> Any:
+    """With a score head that is not zero."""
+    torch.manual_seed(0)
+    model = sharpen(t.LlamaForSequenceClassification(copy.deepcopy(tiny_llama().config)))
+    if packed:
+        prepare(model)
+        assert model.config._attn_implementation == PACKED
+    return model
+
+
 def left_padded(model: Any, groups: Sequence[Group], *, more: int = 0) -> Tensor:
     """(N,) log-probabilities of completions in one batch padded on the left, position ids from the mask."""
     rows = [torch.cat([g.prompt, c]).long() for g in groups for c in g.completions]
@@ -258,7 +268,7 @@ def test_metrics_do_not_count_padding(trainer: str) -> None:
     """The same numbers from rows that are padded to a common width and from rows that never are."""
     rows = (
         rows_of(5)
-        if trainer != "dpo"
+        if trainer in ("sft", "rrhf")
         else [row._replace(completions=row.completions[:2], scores=()) for row in rows_of(5)]
     )
     rows = [row._replace(completions=row.completions[:1], scores=()) for row in rows] if trainer == "sft" else rows
@@ -268,9 +278,10 @@ def test_metrics_do_not_count_padding(trainer: str) -> None:
         "sft": Imitation,
         "rrhf": lambda: Ranking(1.0),
         "dpo": lambda: Preference(TrainDpoSettings(), references),
+        "rm": lambda: Comparisons(0.01),
     }
-    objective = make[trainer]()
-    padded, packed = (objective(llama(packed=one), data, range(5)) for one in (False, True))
+    objective, model = make[trainer](), reward_llama if trainer == "rm" else llama
+    padded, packed = (objective(model(packed=one), data, range(5)) for one in (False, True))
     assert padded.losses.mean().item() == pytest.approx(packed.losses.mean().item(), rel=1e-5)
     assert padded.metrics.keys() == packed.metrics.keys()
     for name, values in packed.metrics.items():
