@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_bitsandbytes_available, logging
 
+from pipeline import hub
 from pipeline.errors import EngineRefused, ResourceError
 from pipeline.lm.adapter import adapter_digest, base_of, merge
 from pipeline.lm.folder import check_name
@@ -154,11 +155,18 @@ def load_config(model: str, *, revision: str | None = None) -> Any:
 
 
 def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
-    check_name(model)
+    check_name(model, "its name")
     try:
-        return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
+        return auto.from_pretrained(
+            model, revision=revision, trust_remote_code=False, local_files_only=not is_here_or_hub_is(model), **options
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineRefused(_refusal(model, revision, error)) from error
+
+
+def is_here_or_hub_is(model: str) -> bool:
+    """Else a hub's model is looked for in its cache only."""
+    return Path(model).is_dir() or hub.is_reachable()
 
 
 def _quantization(is_adapter: bool, where: torch.device, kind: torch.dtype) -> dict[str, Any]:
@@ -201,9 +209,11 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if Path(model).is_dir():
         return f"model {model}: cannot be loaded ({reason}); it needs config, tokenizer and safetensors weights"
+    if not is_here_or_hub_is(model):
+        reason = "the hub cannot be reached, and its cache here does not hold it"
     return (
         f"model {model}{at}: neither a folder here nor a model that can be had ({reason}); "
-        "check engine.model, or use nano, the embedded model"
+        "check its name, or use nano, the embedded model"
     )
 
 
