@@ -2,6 +2,9 @@
 
 Completions come from anywhere, scores from the judge or from a reward model; with `resample_every` the policy's own
 samples join them as it learns (the paper's online sampling). Left out: sampling with diverse beams.
+
+With one completion the loss of a prompt is its negative log-likelihood, summed over tokens as in the paper. SFT's terms
+add up to the same, but its step divides by the tokens of the batch, and this one by its prompts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: phase 1's last step in Bai et al. 2022 (arXiv 2212.08073), and RRHF with one completion.
+"""Supervised fine-tuning: phase 1's last step in Bai et al. 2022 (arXiv 2212.08073).
 
 The loss is the mean negative log-likelihood over all completion tokens of the optimiser's batch. Where a reward model
 is given, it chooses the checkpoint: by its score of the model's own answers to test prompts (Ouyang et al. 2022,

@@ -124,7 +124,8 @@ def test_padding_that_is_the_end_of_a_turn_does_not_hide_it_from_a_reward_model(
     assert torch.allclose(together, model.score(torch.stack(hidden))[:, 0], atol=1e-5)
 
 
-def test_rrhf_with_one_completion_has_the_gradient_of_sft(start: Path, data: Path) -> None:
+def test_rrhf_with_one_completion_has_the_gradient_of_sft_where_both_are_summed(start: Path, data: Path) -> None:
+    """And of a step, where SFT divides by tokens and RRHF by prompts, that times the tokens of a prompt on average."""
     loaded = load(str(start))
     prepare(loaded.model)
     rows = list(read([Source(str(data))], kind="sft", split="train"))[:6]
@@ -135,6 +136,10 @@ def test_rrhf_with_one_completion_has_the_gradient_of_sft(start: Path, data: Pat
         objective(loaded.model, tokens, range(6)).losses.sum().backward()
         found[name] = torch.cat([p.grad.flatten() for p in loaded.model.parameters()])
     assert (found["sft"] - found["rrhf"]).norm() <= 1e-6 * found["sft"].norm()
+    lengths = [len(tokens.group(row).completions[0]) for row in range(6)]
+    terms = {"sft": Imitation(), "rrhf": Ranking(1.0)}
+    num_terms = {name: sum(each.num_terms(tokens, row) for row in range(6)) for name, each in terms.items()}
+    assert num_terms == {"sft": sum(lengths), "rrhf": len(lengths)}
 
 
 def test_what_was_made_from_the_same_inputs_is_not_made_again(start: Path, data: Path, tmp_path: Path) -> None:
