@@ -100,7 +100,7 @@ def command(name: str, **attributes: Any) -> Callable[[F], click.Command]:
         @wraps(function)
         def wrapper(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
             console = Console(name, as_json=as_json, quiet=quiet)
-            if "run" in kwargs and kwargs["run"] is not None:
+            if kwargs.get("run") is not None and kwargs.get("out") is None:
                 console.report["run"] = str(kwargs["run"])
             with _known_errors(console):
                 function(console, *args, **kwargs)

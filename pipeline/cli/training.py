@@ -197,6 +197,8 @@ def _read_job(
         RunFolder(run)
         if name and not RUN_NAME.fullmatch(name):
             raise UsageError(f"--name {name}: use lower-case letters, digits, '.', '_', '-', at most 64")
+    elif name:
+        raise UsageError("--name beside --out: it names a folder in a run; leave one of them away")
     elif not data:
         raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
     from pipeline.train import rows  # and with them torch, once it is known that the call makes sense

@@ -25,7 +25,7 @@ def test_a_model_is_trained_on_a_file(cai: Command, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["counts"]["train-sft"]["train"]["rows"] == 24
-    assert report["outputs"]["model"] == "models/sft"
+    assert (report["run"], report["outputs"]["model"]) == (None, "models/sft")
     AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "sft")
     assert len(metrics(tmp_path / "models" / "sft")) == 3
 
@@ -86,6 +86,8 @@ def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
     assert (small.returncode, "388 tokens, but 300 embeddings" in small.stderr) == (2, True)
     no_data = cai("train-sft", "--model", "nano", "--out", "sft")
     assert (no_data.returncode, "--data" in no_data.stderr) == (2, True)
+    named = cai("train-sft", "--model", "nano", "--data", "good.jsonl", "--out", "sft", "--name", "mine")
+    assert (named.returncode, "--name beside --out" in named.stderr) == (2, True)
     no_run = cai("train-dpo", "--model", "nano")
     assert (no_run.returncode, "no run here" in no_run.stderr) == (2, True)
 
