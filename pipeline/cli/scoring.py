@@ -57,10 +57,10 @@ def score_command(
     settings = jobs.resolve(run, config, assignments, {})
     if out is None:
         RunFolder(run)
-    model = jobs.scoring_model(run, reward_model or policy)
+    model = jobs.scoring_model(run, reward_model or policy, options="--reward-model or --policy")
     from pipeline.train import rows  # and with them torch, once it is known that the call makes sense
     from pipeline.train.quality import ALL, parse_grouping
-    from pipeline.train.score import ScoreJob, run_score
+    from pipeline.train.score import ScoreJob, plan_score, run_score
 
     grouping = parse_grouping(group) if group else ALL
     name = "scored" if grouping == ALL else f"scored-{grouping.kind}"

@@ -205,15 +205,16 @@ def _read_prompts(
     """Of both splits, each short enough for a completion. Raises UsageError (2) if none is."""
     tallies: list[rows.Tally] = []
     room = min(settings.max_length or context, context) - settings.max_tokens
+    cure = "lower max_tokens" + (", or set too_long: cut" if settings.too_long == "drop" else "")
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
         found[split] = read_prompts(
             job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
         )
         if lost := found[split].data.left_out["too_long"]:
-            job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
+            job.say(f"{split}: {lost} prompts longer than {room} tokens left out; {cure}")
     if not len(found["train"]):
-        raise UsageError(f"all prompts are longer than {room} tokens; set max_tokens, or too_long: cut")
+        raise UsageError(f"all prompts are longer than {room} tokens; {cure}")
     return found, tallies
 
 

@@ -237,6 +237,7 @@ def read_data(
     """Tokens of both splits. Raises UsageError (2) if all rows are too long."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
+    cure = _cure(settings, max_length < context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
@@ -244,16 +245,20 @@ def read_data(
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
             job.say(
-                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; "
-                "set max_length, or too_long: cut"
+                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; {cure}"
             )
     if not len(data["train"]):
         id, length = data["train"].longest
-        raise UsageError(
-            f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
-            "set max_length, or too_long: cut"
-        )
+        raise UsageError(f"all rows are longer than {max_length} tokens, the longest {id} with {length}; {cure}")
     return data, tallies
+
+
+def _cure(settings: TrainSettings, could_be_longer: bool) -> str:
+    """What helps against rows that are too long; a cut never touches an answer."""
+    longer = "set max_length higher" if could_be_longer else "take a model with more context"
+    if settings.too_long == "drop":
+        return f"{longer}, or set too_long: cut"
+    return f"their answers alone leave a prompt no room: {longer}, or shorten them"
 
 
 def publish(

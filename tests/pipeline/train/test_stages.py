@@ -240,6 +240,26 @@ def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_
     assert int(found[1]) == sum(length > 48 for length in lengths.values())
 
 
+@pytest.mark.parametrize(
+    ("keys", "cure"),
+    [
+        ({}, "take a model with more context, or set too_long: cut"),
+        ({"max_length": 40}, "set max_length higher, or set too_long: cut"),
+        ({"max_length": 40, "too_long": "cut"}, "set max_length higher, or shorten them"),
+        ({"too_long": "cut"}, "take a model with more context, or shorten them"),
+    ],
+)
+def test_the_advice_about_rows_that_are_too_long_is_one_that_helps(
+    keys: dict[str, Any], cure: str, data: Path, tmp_path: Path
+) -> None:
+    """A cut takes the beginning of a prompt, never an answer."""
+    save_tiny(tmp_path / "start", context=48)
+    line = {"prompt": "Hi", "completion": "please help me " * 30, "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UsageError, match=f"{cure}$"):
+        run_job("sft", tmp_path / "rows.jsonl", tmp_path / "start", tmp_path / "sft", keys=keys)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(data: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "start", vocab_size=300)
     with pytest.raises(UsageError, match="300 embeddings"):
