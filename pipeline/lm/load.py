@@ -149,6 +149,23 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
+    """Raises EngineRefused unless conversations become tokens that the model of this name has embeddings for."""
+    if not tokenizer.chat_template:
+        raise EngineRefused(
+            f"model {name}: no chat template; give a chat model, or put a chat_template.jinja in its folder"
+        )
+    if len(tokenizer) > num_embeddings:
+        raise EngineRefused(
+            f"model {name}: {len(tokenizer)} tokens, but {num_embeddings} embeddings; give its own tokenizer"
+        )
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the longest text; a number that is never reached if the model does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
 def load_config(model: str, *, revision: str | None = None) -> Any:
     """The configuration alone, of an adapter's folder that of its model. Raises EngineRefused."""
     return _open(AutoConfig, base_of(model), revision)

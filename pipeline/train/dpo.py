@@ -21,6 +21,9 @@ from pipeline.train.losses import dpo_loss, ipo_loss
 from pipeline.train.reference import reference_logps
 from pipeline.train.stage import Job, Opened, Report, train
 
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected")
+"""Of its terms, by name."""
+
 
 class Preference:
     """One term for each pair. references: by id of the data they belong to, (N,) summed log-probabilities."""

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.config.settings import LoraSettings, TrainSettings
 from pipeline.lm.forward import Group, completion_ends, completion_logps
-from pipeline.lm.load import Head, load_config, pick_device, stored_dtype
+from pipeline.lm.load import Head, load_config, pick_device, pick_dtype, stored_dtype
 from pipeline.lm.packed import PACKED
+from pipeline.train import ranks
 from pipeline.train.batches import Data, longest_microbatch
 from pipeline.train.loop import compute_dtype, silence_dropout
 from pipeline.train.lora import attach
@@ -46,8 +47,12 @@ class Memory(NamedTuple):
         return self.total <= self.room
 
 
-def measure(start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> Memory:
-    """Weights, a gradient and two moments of what is trained, and activations as a forward pass keeps them."""
+def measure(start: str, data: Data, settings: TrainSettings, device: str, head: Head, beside: int = 0) -> Memory:
+    """Weights, a gradient and two moments of what is trained, and activations as a forward pass keeps them.
+
+    Where the model is divided over several processes it is the share of one. beside: bytes of other models.
+    """
+    shares = ranks.size() if settings.parallel == "fsdp" else 1
     kind = pick_device(device).type
     model = _hollow(start, settings, head)
     sizes = _sizes(model, start, settings, kind)
@@ -59,22 +64,31 @@ def measure(start: str, data: Data, settings: TrainSettings, device: str, head: 
         model.to(torch.bfloat16)
     longest = longest_microbatch(data, batch_size=settings.batch_size, max_tokens=settings.microbatch_tokens)
     return Memory(
-        weights=weights,
-        gradients=4 * trained,
-        optimizer=8 * trained,
+        weights=weights // shares + beside,
+        gradients=4 * trained // shares,
+        optimizer=8 * trained // shares,
         activations=_activations(model, [data.group(row) for row in longest], settings) + casts,
         tokens=sum(map(data.num_tokens, longest)),
         free=_free_bytes(pick_device(device)),
     )
 
 
-def advise(memory: Memory, start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> str:
+def weight_bytes(model: str, device: str, head: Head) -> int:
+    """Of a model that is only read, as it is loaded."""
+    dtype = pick_dtype("auto", pick_device(device), load_config(model))
+    hollow = _hollow(model, TrainSettings(), head)
+    return sum(parameter.numel() for parameter in hollow.parameters()) * dtype.itemsize
+
+
+def advise(
+    memory: Memory, start: str, data: Data, settings: TrainSettings, device: str, head: Head, beside: int = 0
+) -> str:
     """What would fit and what it needs, '' if this does."""
     if memory.fits:
         return ""
     found = []
     for update in _smaller(memory, data, settings):
-        tried = measure(start, data, settings.model_copy(update=update), device, head)
+        tried = measure(start, data, settings.model_copy(update=update), device, head, beside)
         if tried.total <= memory.room:
             words = ", ".join(f"{name}: {_words(value)}" for name, value in update.items())
             found.append(f"{words} ({tried.total / 2**20:,.0f} MiB)")

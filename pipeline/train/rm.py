@@ -22,6 +22,9 @@ from pipeline.train.losses import centering_loss, ranking_loss
 from pipeline.train.scorers import reward_scores
 from pipeline.train.stage import Job, Report, train
 
+METRICS = ("scores/margin", "scores/accuracy", "scores/mean")
+"""Of its terms, by name."""
+
 
 class Comparisons:
     """One term for each prompt."""

@@ -17,10 +17,12 @@ from pipeline.train.batches import Data
 from pipeline.train.loop import Terms
 from pipeline.train.losses import sft_loss
 from pipeline.train.sampling import make_sampler
-from pipeline.train.scorers import Score, check_tokenizer
+from pipeline.train.scorers import Score, check_same_tokenizer
 from pipeline.train.stage import Extras, Job, Opened, Report, train
 
 REWARD = "eval/reward"
+METRICS = ("logps/completion",)
+"""Of its terms, by name."""
 
 
 class Imitation:
@@ -45,7 +47,7 @@ def train_sft(job: Job, settings: TrainSftSettings, *, score: Score | None = Non
     def make_extras(opened: Opened) -> Extras:
         if score is None or not len(opened.test):
             return Extras()
-        check_tokenizer(score, opened.fingerprint)
+        check_same_tokenizer(score.fingerprint, opened.fingerprint)
         return Extras({REWARD: make_reward(opened, settings, score, num_prompts=settings.num_reward_prompts)})
 
     return train(

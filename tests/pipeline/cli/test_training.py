@@ -92,6 +92,14 @@ def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
     assert (no_run.returncode, "no run here" in no_run.stderr) == (2, True)
 
 
+def test_a_dry_run_refuses_a_training_that_lacks_its_reward_model(cai: Command, tmp_path: Path) -> None:
+    call = [*options(tmp_path), "--out", "rrhf", "--dry-run"]
+    lacking = cai("train-rrhf", *call, "--resample-every", "2")
+    assert (lacking.returncode, "or give --reward-model\n" in lacking.stderr) == (2, True), lacking.stderr
+    nowhere = cai("train-rrhf", *call, "--reward-model", "./nowhere")
+    assert (nowhere.returncode, "no such folder; check its name" in nowhere.stderr) == (2, True), nowhere.stderr
+
+
 def ppo_options(folder: Path) -> list[str]:
     (folder / "short.py").write_text("def score(conversations, texts):\n    return [-float(len(t)) for t in texts]\n")
     rows = write_rows(folder / "rows.jsonl", 24)

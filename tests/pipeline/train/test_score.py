@@ -259,6 +259,20 @@ def test_a_language_model_is_no_reward_model(policy: Path, tmp_path: Path) -> No
         score(tmp_path / "scored", policy, write_rows(tmp_path / "rows.jsonl"))
 
 
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "small", vocab_size=300)
+    with pytest.raises(UsageError, match="300 embeddings; give its own tokenizer"):
+        score(tmp_path / "scored", tmp_path / "small", tmp_path / "none.jsonl", kind="policy")
+
+
+def test_a_model_without_a_chat_template_is_told_what_helps_here(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "raw")
+    tiny_tokenizer(template=None).save_pretrained(tmp_path / "raw")
+    (tmp_path / "raw" / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match=r"no chat template; .* put a chat_template\.jinja in its folder"):
+        score(tmp_path / "scored", tmp_path / "raw", tmp_path / "none.jsonl", kind="policy")
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(reward_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "videos").mkdir(parents=True)
     with pytest.raises(UsageError, match="not empty"):
