@@ -110,11 +110,11 @@ def command(name: str, **attributes: Any) -> Callable[[F], click.Command]:
     return decorate
 
 
-def stop_on_signals() -> None:
+def stop_on_signals(what_then: str = "the same command goes on from here") -> None:
     """From here on SIGTERM, SIGUSR1 and Ctrl-C raise StoppedError (75); every file is whole or absent at any moment."""
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError("stopped on request; the same command goes on from here")
+        raise StoppedError(f"stopped on request; {what_then}")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)
