@@ -142,12 +142,12 @@ def is_sampled(prompt: Line, shares: SplitSettings) -> bool:
     return split_of(prompt["messages"], shares) != "sft"
 
 
-def scoring_model(run: Path, model: str | None) -> str:
-    """What gives scores: `model` if given, else the run's reward model."""
+def scoring_model(run: Path, model: str | None, *, options: str = "--reward-model") -> str:
+    """What gives scores: `model` if given, else the run's reward model. options: that name one, for the message."""
     if model is not None:
         return str(nano.path()) if model == "nano" else model
     if not (run / "models" / "rm" / "config.json").exists():
-        raise UsageError(f"{run}: no models/rm here; train one with `cai train-rm`, or give --reward-model or --policy")
+        raise UsageError(f"{run}: no models/rm here; train one with `cai train-rm`, or give {options}")
     return str(run / "models" / "rm")
 
 

@@ -145,15 +145,14 @@ class Journal:
 
     asked, replayed: how many replies came from an engine and how many from the segments.
     on_reply: sees every reply once with its request; is_new: it was asked for just now.
-    in_flight: requests that an engine was given and whose replies are not kept yet: it decides which of them wait.
-    usage: the tokens of each engine's answers.
+    in_flight: requests that each engine has not answered yet. usage: the tokens of each one's answers.
     """
 
     def __init__(self, folder: Path, *, on_reply: OnReply | None = None) -> None:
         self.folder = folder
         self.asked = 0
         self.replayed = 0
-        self.in_flight = 0
+        self.in_flight: Counter[Engine] = Counter()
         self.usage: dict[Engine, Counter[str]] = {}
         self.stopping = False
         self._on_reply = on_reply
@@ -174,6 +173,11 @@ class Journal:
         for found in self.usage.values():
             total.update(found)
         return total
+
+    def load(self) -> tuple[int, int]:
+        """Requests (running, waiting): those that engines work on, and those that wait for them."""
+        running = sum(min(number, engine.running) for engine, number in self.in_flight.items())
+        return running, self.in_flight.total() - running
 
     async def start(self) -> None:
         make_folder(self.folder)
@@ -213,7 +217,7 @@ class Journal:
             raise StoppedError("stopped before this request was sent")
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         segment.pending[key] = future
-        self.in_flight += 1
+        self.in_flight[engine] += 1
         try:
             reply = await engine.ask(request, priority)
             self.usage.setdefault(engine, Counter()).update(reply.usage._asdict())
@@ -229,7 +233,7 @@ class Journal:
                     future.cancel()
             raise
         finally:
-            self.in_flight -= 1
+            self.in_flight[engine] -= 1
             segment.pending.pop(key, None)
 
     def _enqueue(

@@ -82,12 +82,13 @@ def _describe(chain: Chain, meter: Meter) -> tuple[str, str, str, str]:
     to_do = progress.total - progress.done
     left = rates.seconds_left(to_do) if to_do else None
     cached = "" if rates.cached is None else f" ({rates.cached:.0%} from the cache)"
+    running, waiting = journal.load()
     answered = f"{journal.asked} answered, {journal.replayed} from the journal"
     lost = f", {progress.failed} records lost" if progress.failed else ""
     return (
         f"{progress.done} of {progress.total} records" + ("" if left is None else f", about {duration(left)} left"),
         f"tokens/s in {rates.tokens_in:.0f}{cached}, out {rates.tokens_out:.0f}",
-        f"requests: {journal.in_flight} in flight, {answered}",
+        f"requests: {running} running, {waiting} waiting, {answered}",
         f"{progress.failures} failures{lost}",
     )
 

@@ -211,6 +211,12 @@ class TrainDpoSettings(TrainSettings):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     length_normalised: bool = False
 
+    @model_validator(mode="after")
+    def _smooths_the_sigmoid(self) -> TrainDpoSettings:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing is of loss: sigmoid; leave it out with loss: ipo")
+        return self
+
 
 class TrainRrhfSettings(TrainSettings):
     """rrhf_weight: of the ranking term, beside the best completion's negative log-likelihood.

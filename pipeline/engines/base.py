@@ -72,7 +72,8 @@ class Engine(Protocol):
 
     name: as written into records (`model`). context: longest prompt plus reply in tokens, None if unknown.
     fingerprint: canonical-JSON-able identity of what answers: configuration, tokenizer, template and weights by
-        content, never a URL or a path. concurrency: how many requests it wants in flight.
+        content, never a URL or a path. concurrency: how many requests it wants in flight. running: how many it works on
+        at most, just now; the others wait.
     neutralised: how many texts of control tokens in prompts were made plain text so far.
     """
 
@@ -80,6 +81,9 @@ class Engine(Protocol):
     context: int | None
     fingerprint: dict[str, str]
     concurrency: int
+
+    @property
+    def running(self) -> int: ...
 
     @property
     def neutralised(self) -> int: ...

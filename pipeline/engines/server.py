@@ -107,6 +107,10 @@ class ServerEngine:
             [Endpoint(url, model, key=key, key_variable=api_key_env, concurrency=concurrency) for url in base_urls]
         )
 
+    @property
+    def running(self) -> int:
+        return sum(endpoint.in_flight for endpoint in self._pool.endpoints)
+
     async def start(self) -> list[str]:
         """Asks what is served, for a preflight, with the retries of a request. Returns the names, [] from servers that
         have no list.

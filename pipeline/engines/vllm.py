@@ -73,6 +73,7 @@ class VllmEngine:
         num_sequences = concurrency or NUM_SEQUENCES
         self.name = _named(name or (Path(model).resolve().name if Path(model).is_dir() else model), adapter)
         self.concurrency = round(BACKLOG * num_sequences * replicas)
+        self._num_sequences = num_sequences * replicas
         self.context = min((limit for limit in (identity.context, context) if limit), default=None)
         self.chat = Chat(identity.tokenizer, eos=identity.eos)
         self.fingerprint = {
@@ -102,6 +103,10 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_running = 0
         self._numbers = itertools.count()
+
+    @property
+    def running(self) -> int:
+        return min(self._num_running, self._num_sequences)
 
     @property
     def neutralised(self) -> int:

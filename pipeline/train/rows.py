@@ -74,6 +74,7 @@ class Tally:
     """
 
     path: str
+    split: Split
     rows: int = 0
     used: int = 0
     other_split: int = 0
@@ -83,7 +84,8 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{reason} {count} (first {self.first[reason]})" for reason, count in sorted(self.left_out.items())]
         left_out = f"; left out: {', '.join(parts)}" if parts else ""
-        return f"{self.path}: {self.used} of {self.rows} rows used, {self.other_split} in the other split{left_out}"
+        used = f"{self.used} of {self.rows} rows used, {self.other_split} in the other split"
+        return f"{self.path}, {self.split}: {used}{left_out}"
 
 
 def parse_source(text: str) -> Source:
@@ -92,6 +94,9 @@ def parse_source(text: str) -> Source:
     try:
         weight = float(after)
     except ValueError:
+        if at and not Path(text).exists() and Path(path).exists():
+            message = f"{text}: {after!r} is no number; write {path}@WEIGHT, such as {path}@0.5"
+            raise UsageError(message) from None
         return Source(text)
     if not at or Path(text).exists():
         return Source(text)
@@ -115,7 +120,7 @@ def read(
     (of kind any it need not have one).
     """
     for source in sources:
-        tally = Tally(source.path)
+        tally = Tally(source.path, split)
         if tallies is not None:
             tallies.append(tally)
         yield from _read_source(source, kind, split, shares or SplitSettings(), tally)

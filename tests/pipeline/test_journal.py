@@ -263,13 +263,12 @@ def test_a_journal_line_is_json_with_its_crc_first(tmp_path: Path) -> None:
     assert line["reply"] == {"text": "answer 0", "finish_reason": "stop", "usage": [0, 2, 0]}
 
 
-def test_requests_are_in_flight_from_when_an_engine_is_asked_until_their_replies_are_kept(tmp_path: Path) -> None:
-    """However many of them an engine works on: what its concurrency is a backlog or a limit of, only it knows."""
-    seen: list[tuple[int, int]] = []
+def test_the_load_is_what_engines_work_on_and_what_waits_for_them(tmp_path: Path) -> None:
+    loads: list[tuple[int, int]] = []
     journal = Journal(tmp_path)
 
     def say(request: Request) -> str:
-        seen.append((journal.in_flight, journal.asked))
+        loads.append(journal.load())
         return "x"
 
     async def whole() -> None:
@@ -282,5 +281,5 @@ def test_requests_are_in_flight_from_when_an_engine_is_asked_until_their_replies
         await journal.close()
 
     asyncio.run(whole())
-    assert seen == [(5 + 3, 0)] * (5 + 3)
-    assert (journal.in_flight, journal.asked) == (0, 5 + 3)
+    assert loads[0] == (2 + 3, 3)
+    assert journal.load() == (0, 0)

@@ -82,7 +82,7 @@ def test_a_terminal_shows_a_bar_with_records_tokens_requests_and_failures(cai: C
     drawn = [frame for frame in frames if "records, about" in frame]
     line = r"records, about \d+ s left\n *tokens/s in \d+ \(0% from the cache\), out \d+; \d failures"
     assert any(re.search(line, frame) for frame in drawn)
-    assert any(re.search(r"\nrequests: \d+ in flight, \d+ answered, \d+ from the journal", frame) for frame in drawn)
+    assert any(re.search(r"\nrequests: 4 running, \d+ waiting, \d+ answered, \d+ from the journal", f) for f in drawn)
     assert "2 failures, 1 records lost" in frames[-1]
 
 
@@ -106,7 +106,7 @@ def test_a_log_gets_a_plain_line_now_and_then(
     assert "\x1b" not in shown
     line = re.compile(
         r"(\d) of 3 records(?:, about \d+ s left)?; tokens/s in \d+(?: \(0% from the cache\))?, out \d+; "
-        r"requests: (\d) in flight, (\d+) answered, 0 from the journal; "
+        r"requests: (\d) running, 0 waiting, (\d+) answered, 0 from the journal; "
         r"(?:0 failures|2 failures, 1 records lost)"
     )
     states = [tuple(map(int, found.groups())) for said in shown.splitlines() if (found := line.fullmatch(said))]
