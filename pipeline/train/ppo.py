@@ -43,6 +43,7 @@ from pipeline.train.stage import (
     load_start,
     publish,
     published,
+    tell_refused,
     work_folder,
 )
 from pipeline.train.trackers import check_installed
@@ -210,6 +211,7 @@ def _read_prompts(
         found[split] = read_prompts(
             job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
         )
+        tell_refused(job, split, found[split].data)
         if lost := found[split].data.left_out["too_long"]:
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
     if not len(found["train"]):
@@ -223,7 +225,9 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
         return None
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
     found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
-    return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+    data = tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+    tell_refused(job, "train", data)
+    return data
 
 
 def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:

@@ -122,7 +122,8 @@ def run_score(job: ScoreJob) -> ScoreReport:
             for scored in _by_prompt(sorter):
                 summary.add(split, scored)
         if not summary.scores:
-            raise IncompleteError(f"no row to score: {'; '.join(map(str, tallies))}")
+            unread = [f"{reason} {count}" for reason, count in sorted(summary.left_out.items())]
+            raise IncompleteError(f"no row to score: {'; '.join([*map(str, tallies), *unread])}")
         published = _write(job, scorer, waiting, folders, summary)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -136,8 +137,8 @@ def _scored_lines(
     found = rows.read(job.sources, kind="any", split=split, shares=job.shares, tallies=tallies)
     number = 0
     while chunk := list(itertools.islice(found, CHUNK)):
-        kept, scores, num_too_long = scorer.score_rows(chunk, max_tokens=job.microbatch_tokens)
-        summary.left_out.update(too_long=num_too_long)
+        kept, scores, left_out = scorer.score_rows(chunk, max_tokens=job.microbatch_tokens)
+        summary.left_out.update(left_out)
         for row, own in zip(kept, scores, strict=True):
             number += 1
             _count_agreement(summary, split, row.scores, own)

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
-from pipeline.errors import UsageError
+from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
 from pipeline.lm.templates import Chat
@@ -238,13 +238,14 @@ def _counts(data: dict[str, Data]) -> dict[str, Any]:
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
-    """Tokens of both splits. Raises UsageError (2) if all rows are too long."""
+    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_refused` if they are refused."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
+        tell_refused(job, split, data[split])
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
             job.say(
@@ -258,6 +259,16 @@ def read_data(
             "set max_length, or too_long: cut"
         )
     return data, tallies
+
+
+def tell_refused(job: Job, split: rows.Split, data: Data) -> None:
+    """Names the first row that the chat template refuses. Raises IncompleteError (3) if no row to train on is left."""
+    if not data.refused:
+        return
+    found = f"{split}: bad_roles {data.left_out['bad_roles']} left out (first {data.refused})"
+    if split == "train" and not len(data):
+        raise IncompleteError(f"{found}; no row is left: take a model whose template takes such turns")
+    job.say(found)
 
 
 def publish(
