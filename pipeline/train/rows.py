@@ -74,6 +74,7 @@ class Tally:
     """
 
     path: str
+    split: Split
     rows: int = 0
     used: int = 0
     other_split: int = 0
@@ -83,7 +84,8 @@ class Tally:
     def __str__(self) -> str:
         parts = [f"{reason} {count} (first {self.first[reason]})" for reason, count in sorted(self.left_out.items())]
         left_out = f"; left out: {', '.join(parts)}" if parts else ""
-        return f"{self.path}: {self.used} of {self.rows} rows used, {self.other_split} in the other split{left_out}"
+        used = f"{self.used} of {self.rows} rows used, {self.other_split} in the other split"
+        return f"{self.path}, {self.split}: {used}{left_out}"
 
 
 def parse_source(text: str) -> Source:
@@ -115,7 +117,7 @@ def read(
     (of kind any it need not have one).
     """
     for source in sources:
-        tally = Tally(source.path)
+        tally = Tally(source.path, split)
         if tallies is not None:
             tallies.append(tally)
         yield from _read_source(source, kind, split, shares or SplitSettings(), tally)
@@ -139,11 +141,11 @@ def _rows_of_split(source: Source, kind: Kind, split: Split, shares: SplitSettin
     for where, fields in found:
         tally.rows += 1
         example = read_example(fields, where, kind)
-        if isinstance(example, str):
+        if not is_split and _split(fields, example, shares) != split:
+            tally.other_split += 1
+        elif isinstance(example, str):
             tally.left_out[example] += 1
             tally.first.setdefault(example, where)
-        elif not is_split and _split(fields, example, shares) != split:
-            tally.other_split += 1
         else:
             yield _row(fields, example, where)
 
@@ -164,13 +166,15 @@ def _copies(weight: float, id: str) -> int:
     return whole + (row_hash("weight", id) / 2**64 < weight - whole)
 
 
-def _split(fields: dict[str, Any], example: Example, shares: SplitSettings) -> Split:
-    """What the row's own `split` column says, else the choice by hash."""
+def _split(fields: dict[str, Any], example: Example | str, shares: SplitSettings) -> Split:
+    """What the row's own `split` column says, else the choice by hash; what teaches nothing counts as training then."""
     own = fields.get("split")
     if own == "train":
         return "train"
     if own in ("test", "validation"):
         return "test"
+    if isinstance(example, str):
+        return "train"
     return "test" if split_of(example.prompt, shares) == "test" else "train"
 
 

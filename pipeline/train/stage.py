@@ -238,14 +238,16 @@ def _counts(data: dict[str, Data]) -> dict[str, Any]:
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
-    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_refused` if they are refused."""
+    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_left_out` if they are refused."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
-        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
+        own: list[rows.Tally] = []
+        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=own)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
-        tell_refused(job, split, data[split])
+        tell_left_out(job, split, data[split], own)
+        tallies += own
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
             job.say(
@@ -261,8 +263,14 @@ def read_data(
     return data, tallies
 
 
-def tell_refused(job: Job, split: rows.Split, data: Data) -> None:
-    """Names the first row that the chat template refuses. Raises IncompleteError (3) if no row to train on is left."""
+def tell_left_out(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Tally]) -> None:
+    """Says what was read of each source, and has the data count what was left out there, too.
+
+    tallies: of this data. Raises IncompleteError (3) if the chat template refuses rows, and none to train on is left.
+    """
+    for tally in tallies:
+        job.say(str(tally))
+        data.left_out.update(tally.left_out)
     if not data.refused:
         return
     found = f"{split}: bad_roles {data.left_out['bad_roles']} left out (first {data.refused})"

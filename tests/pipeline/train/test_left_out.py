@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import IncompleteError
+from pipeline.store import read_json
 from pipeline.train.rows import Source
 from pipeline.train.score import ScoreJob, run_score
 from pipeline.train.scorers import ScorerKind
@@ -51,9 +52,29 @@ def test_without_a_row_that_the_template_takes_there_is_nothing_to_train_on(stri
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_is_left_out_of_each_source_is_said_and_counted_once(trainer: str, start: Path, tmp_path: Path) -> None:
+    """Of rows that name no split, too; one that names it counts there."""
+    empty = {**GOOD[0], "id": None, "completion": " ", "chosen": "", "split": None}
+    first = jsonl(tmp_path / "first.jsonl", *GOOD, empty, {**empty, "split": "test"}, {**empty, "prompt": ""})
+    second = jsonl(tmp_path / "second.jsonl", GOOD[0], {**empty, "split": "train"})
+    said: list[str] = []
+    sources = [Source(str(path)) for path in (first, second)]
+    report = run_job(trainer, first, start, tmp_path / "out", sources=sources, say=said.append)
+    assert [report.counts[split]["empty"] for split in ("train", "test")] == [3, 1]
+    assert said == [
+        f"{first}, train: 9 of 12 rows used, 1 in the other split; left out: empty 2 (first {first}:10)",
+        f"{second}, train: 1 of 2 rows used, 0 in the other split; left out: empty 1 (first {second}:2)",
+        f"{first}, test: 0 of 12 rows used, 11 in the other split; left out: empty 1 (first {first}:11)",
+        f"{second}, test: 0 of 2 rows used, 2 in the other split",
+    ]
+    assert read_json(tmp_path / "out" / "training.json")["data"]["train"]["empty"] == 3
+    assert "empty 3" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("arguments", [["train-dpo", "--dry-run"], ["train-ppo", "--dry-run"], ["score", "--policy"]])
 def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: Command, tmp_path: Path) -> None:
-    jsonl(tmp_path / "rows.jsonl", *GOOD, BAD)
+    jsonl(tmp_path / "rows.jsonl", *GOOD, BAD, {**GOOD[0], "prompt": " "})
     model = [str(strict)] if arguments[0] == "score" else ["--model", str(strict)]
     extra = (
         ["--set", "train_ppo.max_tokens=8", "--set", "train_ppo.reward=judge"] if arguments[0] == "train-ppo" else []
@@ -61,6 +82,7 @@ def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: 
     done = cai(*arguments, *model, "--data", "rows.jsonl", "--out", "out", "--json", *extra)
     assert done.returncode == 0, done.stderr
     assert '"bad_roles": 1' in done.stdout
+    assert "left out: no_prompt 1 (first rows.jsonl:11)" in done.stderr
 
 
 def test_scoring_names_what_left_it_without_rows(strict: Path, tmp_path: Path) -> None:
