@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.errors import RequestFailed
 from pipeline.lm.forward import Group
 from pipeline.lm.templates import Chat
 from pipeline.train import ranks
@@ -38,8 +39,9 @@ NOTHING = Fresh((), ())
 class Data:
     """Tokenised rows in flat arrays: all tokens one after the other, and where each prompt and completion ends.
 
-    left_out: reason -> rows. longest: id and tokens of the longest row that was too long. num_cut: rows whose prompt
-    lost its beginning. fresh: row -> what it has besides; no part of `completions` and `digest`.
+    left_out: reason -> rows. longest: id and tokens of the longest row that was too long. refused: id of the first row
+    that the chat template refuses, and why; '' if there is none. num_cut: rows whose prompt lost its beginning.
+    fresh: row -> what it has besides; no part of `completions` and `digest`.
     """
 
     def __init__(self) -> None:
@@ -55,6 +57,7 @@ class Data:
         self.left_out: Counter[str] = Counter()
         self.num_cut = 0
         self.longest = ("", 0)
+        self.refused = ""
         self.fresh: dict[int, Fresh] = {}
 
     def __len__(self) -> int:
@@ -158,7 +161,8 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
     """Every row as the model will see it: the prompt as it is asked, each completion to the token that ends its turn.
 
     max_length: tokens of a prompt with its longest completion. A longer row is dropped, or its prompt loses its
-    beginning; completions stay whole. Raises EngineRefused without a chat template.
+    beginning; completions stay whole. A row that the template refuses is left out. Raises
+    EngineRefused without a chat template.
     """
     data = Data()
     for row in rows:
@@ -168,7 +172,9 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
 
 def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong) -> bool:
     """Adds a row to the data, or counts it as left out and says so. As `tokenise`."""
-    prompt = chat.prompt(row.prompt, reasoning=False).token_ids
+    prompt = prompt_tokens(data, row, chat)
+    if prompt is None:
+        return False
     completions = [chat.completion(text).token_ids for text in row.completions]
     room = max_length - max(map(len, completions))
     if len(prompt) <= room:
@@ -182,6 +188,16 @@ def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong
         data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
         return False
     return True
+
+
+def prompt_tokens(data: Data, row: Row, chat: Chat) -> list[int] | None:
+    """Tokens of a row's prompt; None if the chat template refuses it, and the data counts it."""
+    try:
+        return chat.prompt(row.prompt, reasoning=False).token_ids
+    except RequestFailed as error:
+        data.left_out[error.reason] += 1
+        data.refused = data.refused or f"{row.id}: {error.detail}"
+        return None
 
 
 def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

@@ -43,6 +43,7 @@ from pipeline.train.stage import (
     load_start,
     publish,
     published,
+    tell_left_out,
     work_folder,
 )
 from pipeline.train.trackers import check_installed
@@ -217,9 +218,12 @@ def _read_prompts(
     cure = "lower max_tokens" + (", or set too_long: cut" if settings.too_long == "drop" else "")
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
+        own: list[rows.Tally] = []
         found[split] = read_prompts(
-            job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
+            job.sources, chat, split, job.shares, own, max_length=room, too_long=settings.too_long
         )
+        tell_left_out(job, split, found[split].data, own)
+        tallies += own
         if lost := found[split].data.left_out["too_long"]:
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; {cure}")
     if not len(found["train"]):
@@ -232,8 +236,12 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
     if not settings.ptx_coef:
         return None
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
-    found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
-    return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+    own: list[rows.Tally] = []
+    found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=own)
+    data = tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+    tell_left_out(job, "train", data, own)
+    tallies += own
+    return data
 
 
 def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:

@@ -10,7 +10,7 @@ from pipeline.config.settings import SplitSettings
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import rows
-from pipeline.train.batches import Data, TooLong
+from pipeline.train.batches import Data, TooLong, prompt_tokens
 
 
 class Prompts(NamedTuple):
@@ -45,7 +45,9 @@ def read_prompts(
 def tokenise_prompts(found: Iterable[rows.Row], chat: Chat, *, max_length: int, too_long: TooLong) -> Prompts:
     prompts = Prompts(Data(), [])
     for row in found:
-        tokens = chat.prompt(row.prompt, reasoning=False).token_ids
+        tokens = prompt_tokens(prompts.data, row, chat)
+        if tokens is None:
+            continue
         if len(tokens) > max_length and (too_long == "drop" or max_length < 1):
             prompts.data.left_out["too_long"] += 1
             continue

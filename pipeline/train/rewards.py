@@ -54,7 +54,7 @@ def open_reward_model(
     check_reencoding(name, is_other, reencode=reencode)
 
     def score(rollouts: Rollouts) -> Tensor:
-        data = reencoded(rollouts, scorer.chat) if is_other else rollouts.data
+        data = ranks.together(lambda: reencoded(rollouts, scorer.chat)) if is_other else rollouts.data
         own = own_share(data, range(len(data)))
         scores = ranks.together(lambda: scorer(data, max_tokens=max_tokens, rows=own))
         ranks.add_up([scores])
@@ -73,11 +73,14 @@ def check_reencoding(name: str, is_other: bool, *, reencode: bool) -> None:
 
 
 def reencoded(rollouts: Rollouts, chat: Chat) -> Data:
-    """The same conversations in another model's tokens."""
+    """The same conversations in another model's tokens. Raises UsageError if its chat template refuses one."""
     prompts = zip(rollouts.conversations, rollouts.data.ids, strict=True)
     texts = [[rollouts.texts[n] for n in rollouts.data.completions(row)] for row in range(len(rollouts.data))]
     rows = [Row(id, prompt, tuple(own), 1.0, (), "policy") for (prompt, id), own in zip(prompts, texts, strict=True)]
-    return tokenise(rows, chat, max_length=1 << 30, too_long="drop")
+    data = tokenise(rows, chat, max_length=1 << 30, too_long="drop")
+    if data.refused:
+        raise UsageError(f"the reward model cannot read prompt {data.refused}; leave it out, or take another model")
+    return data
 
 
 def open_function(path: str) -> Source:

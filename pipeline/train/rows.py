@@ -144,11 +144,11 @@ def _rows_of_split(source: Source, kind: Kind, split: Split, shares: SplitSettin
     for where, fields in found:
         tally.rows += 1
         example = read_example(fields, where, kind)
-        if isinstance(example, str):
+        if not is_split and _split(fields, example, shares) != split:
+            tally.other_split += 1
+        elif isinstance(example, str):
             tally.left_out[example] += 1
             tally.first.setdefault(example, where)
-        elif not is_split and _split(fields, example, shares) != split:
-            tally.other_split += 1
         else:
             yield _row(fields, example, where)
 
@@ -169,13 +169,15 @@ def _copies(weight: float, id: str) -> int:
     return whole + (row_hash("weight", id) / 2**64 < weight - whole)
 
 
-def _split(fields: dict[str, Any], example: Example, shares: SplitSettings) -> Split:
-    """What the row's own `split` column says, else the choice by hash."""
+def _split(fields: dict[str, Any], example: Example | str, shares: SplitSettings) -> Split:
+    """What the row's own `split` column says, else the choice by hash; what teaches nothing counts as training then."""
     own = fields.get("split")
     if own == "train":
         return "train"
     if own in ("test", "validation"):
         return "test"
+    if isinstance(example, str):
+        return "train"
     return "test" if split_of(example.prompt, shares) == "test" else "train"
 
 

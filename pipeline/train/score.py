@@ -107,17 +107,19 @@ def plan_score(job: ScoreJob) -> dict[str, dict[str, int]]:
     """Of each split the rows, completions and tokens that would be scored. Reads and tokenises, loads no weights."""
     _folders(job)
     chat, context, _ = outline(job.model, job.kind)
-    counts: dict[str, dict[str, int]] = {}
+    counts, left_out = dict[str, dict[str, int]](), Counter[str]()
     for split in rows.SPLITS:
         total = Counter(rows=0, completions=0, tokens=0, too_long=0)
         for row in rows.read(job.sources, kind="any", split=split, shares=job.shares):
             one = Data()
             is_taken = take(one, row, chat, max_length=context, too_long="drop")
             tokens = one.num_tokens(0) if is_taken else 0
-            total.update(rows=is_taken, completions=one.num_completions, tokens=tokens, too_long=not is_taken)
+            total.update(rows=is_taken, completions=one.num_completions, tokens=tokens)
+            total.update(one.left_out)
+            left_out.update(one.left_out)
         counts[split] = dict(total)
     if not any(total["rows"] for total in counts.values()):
-        raise _nothing(sum(total["too_long"] for total in counts.values()), context, [])
+        raise _nothing(left_out, context, [])
     return counts
 
 
@@ -134,10 +136,10 @@ def _folders(job: ScoreJob) -> dict[str, Path]:
     return folders | {path.name: path for path in sorted(before) if rows.is_export(path)}
 
 
-def _nothing(num_too_long: int, context: int, tallies: Sequence[rows.Tally]) -> IncompleteError:
-    read = [str(tally) for tally in tallies]
-    lost = f"{num_too_long} longer than the model's context of {context} tokens; use a model with more"
-    return IncompleteError(f"no row to score: {'; '.join([*read, lost] if num_too_long else read)}")
+def _nothing(left_out: Counter[str], context: int, tallies: Sequence[rows.Tally]) -> IncompleteError:
+    words = {"too_long": f"longer than the model's context of {context} tokens; use a model with more"}
+    lost = [f"{count} {words.get(reason, reason)}" for reason, count in sorted(left_out.items())]
+    return IncompleteError(f"no row to score: {'; '.join([*map(str, tallies), *lost])}")
 
 
 def run_score(job: ScoreJob) -> ScoreReport:
@@ -157,7 +159,7 @@ def run_score(job: ScoreJob) -> ScoreReport:
             for scored in _by_prompt(sorter):
                 summary.add(split, scored)
         if not summary.scores:
-            raise _nothing(summary.left_out["too_long"], scorer.context, tallies)
+            raise _nothing(summary.left_out, scorer.context, tallies)
         published = _write(job, scorer, waiting, folders, summary)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -171,8 +173,8 @@ def _scored_lines(
     found = rows.read(job.sources, kind="any", split=split, shares=job.shares, tallies=tallies)
     number = 0
     while chunk := list(itertools.islice(found, CHUNK)):
-        kept, scores, num_too_long = scorer.score_rows(chunk, max_tokens=job.microbatch_tokens)
-        summary.left_out.update(too_long=num_too_long)
+        kept, scores, left_out = scorer.score_rows(chunk, max_tokens=job.microbatch_tokens)
+        summary.left_out.update(left_out)
         for row, own in zip(kept, scores, strict=True):
             number += 1
             _count_agreement(summary, split, row.scores, own)

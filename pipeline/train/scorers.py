@@ -5,6 +5,7 @@ The latter is p of RRHF (Yuan et al. 2023, arXiv 2304.05302, eq. 1): a policy tr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -51,12 +52,12 @@ class Scorer(NamedTuple):
                 found[[number for row in part for number in data.completions(row)]] = own.float().cpu()
         return found
 
-    def score_rows(self, rows: Sequence[Row], *, max_tokens: int) -> tuple[list[Row], list[list[float]], int]:
-        """Rows that are not too long, the scores of each one's completions, and how many were too long."""
+    def score_rows(self, rows: Sequence[Row], *, max_tokens: int) -> tuple[list[Row], list[list[float]], Counter[str]]:
+        """Rows that are not left out, the scores of each one's completions, and why how many were left out."""
         data = Data()
         kept = [row for row in rows if take(data, row, self.chat, max_length=self.context, too_long="drop")]
         scores = self(data, max_tokens=max_tokens).tolist()
-        return kept, [[scores[n] for n in data.completions(place)] for place in range(len(kept))], len(rows) - len(kept)
+        return kept, [[scores[n] for n in data.completions(place)] for place in range(len(kept))], data.left_out
 
 
 def open_scorer(model: str, kind: ScorerKind, *, device: str = "auto") -> Scorer:

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
-from pipeline.errors import UsageError
+from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import (
     Head,
@@ -231,14 +231,17 @@ def counts_of(data: dict[str, Data]) -> dict[str, Any]:
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
-    """Tokens of both splits. Raises UsageError (2) if all rows are too long."""
+    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_left_out` if they are refused."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
     cure = _cure(settings, max_length < context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
-        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
+        own: list[rows.Tally] = []
+        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=own)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
+        tell_left_out(job, split, data[split], own)
+        tallies += own
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
             job.say(
@@ -256,6 +259,22 @@ def _cure(settings: TrainSettings, could_be_longer: bool) -> str:
     if settings.too_long == "drop":
         return f"{longer}, or set too_long: cut"
     return f"their answers alone leave a prompt no room: {longer}, or shorten them"
+
+
+def tell_left_out(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Tally]) -> None:
+    """Says what was read of each source, and has the data count what was left out there, too.
+
+    tallies: of this data. Raises IncompleteError (3) if the chat template refuses rows, and none to train on is left.
+    """
+    for tally in tallies:
+        job.say(str(tally))
+        data.left_out.update(tally.left_out)
+    if not data.refused:
+        return
+    found = f"{split}: bad_roles {data.left_out['bad_roles']} left out (first {data.refused})"
+    if split == "train" and not len(data):
+        raise IncompleteError(f"{found}; no row is left: take a model whose template takes such turns")
+    job.say(found)
 
 
 def publish(

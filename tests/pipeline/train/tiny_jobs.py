@@ -69,7 +69,7 @@ def run_job(
     section = f"train_{trainer}"
     tree = {section: {"batch_size": 8, "learning_rate": 1e-3, "epochs": 1, **(keys or {})}}
     settings = getattr(Settings.model_validate(tree), section)
-    made = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **job)
+    made = Job(**{"sources": [rows.Source(str(data))], "start": str(start), "out": out, **job})
     return TRAINERS[trainer](made, settings, **({"score": score} if score else {}))
 
 
