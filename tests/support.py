@@ -183,7 +183,7 @@ class Told:
     def __init__(self, say: Callable[[Request], str | Reply], *, name: str = "told", concurrency: int = 8) -> None:
         self.say = say
         self.name = name
-        self.concurrency = concurrency
+        self.concurrency = self.running = concurrency
         self.fingerprint = {"backend": "told", "model": name}
         self.requests: list[Request] = []
         self.priorities: list[int] = []
