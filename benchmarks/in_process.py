@@ -104,10 +104,6 @@ class Bench:
         timeline.end()
         return timeline
 
-    def at_once(self, sent: list[Sent]) -> Timeline:
-        """All requests by one call of `LLM.generate`."""
-        return self._generate([sent])
-
     def staged(self, sent: list[Sent]) -> Timeline:
         """One call of `LLM.generate` for each turn of all chains, and one for all judgements."""
         return self._generate([[request for request in sent if request.kind == kind] for kind in STAGES])

@@ -39,7 +39,7 @@ class TimedEngine:
     name = "timed"
     context = None
     fingerprint = {"backend": "timed"}  # noqa: RUF012 - an instance's constant
-    concurrency = SLOTS
+    concurrency = running = SLOTS
 
     async def ask(self, request: Request, priority: int = 0) -> Reply:
         await asyncio.sleep(LATENCY_S)

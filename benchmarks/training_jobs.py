@@ -115,7 +115,7 @@ def set_odds_of_end(folder: Path, probability: float) -> None:
     """
     model = LlamaForCausalLM.from_pretrained(folder)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    embeddings[:, 0] += 0.1
+    embeddings[:, 0] += 1.0
     head[:, 0] = 0
     head[1] = 0
     draw = torch.Generator().manual_seed(0)

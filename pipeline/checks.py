@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from constitution.principles import Constitution
 from constitution.samples import sample_prompts
-from pipeline.errors import EngineRefused, RequestFailed
+from pipeline.errors import EngineRefused, RequestFailed, ResourceError
 from pipeline.records import Prompt
 from pipeline.stages.asking import Voice
 
@@ -86,8 +86,11 @@ def lengths(name: str, voice: Voice, sizes: dict[str, int]) -> Check:
     """Whether requests of these tokens, by kind, leave room for a reply."""
     detail = "tokens: " + ", ".join(f"{kind} {size}" for kind, size in sizes.items())
     context, longest = voice.engine.context, max(sizes.values())
+    if context and longest >= context:
+        cure = f"none of a context of {context} is left for a reply; raise engine.context, or take another model"
+        return Check(f"{name}: requests", "FAIL", detail, cure)
     if context and longest + voice.max_tokens > context:
-        left = max(0, context - longest)
+        left = context - longest
         cure = f"{left} of {voice.max_tokens} tokens are left for a reply to the longest; lower max_tokens"
         return Check(f"{name}: requests", "warn", detail, cure)
     return Check(f"{name}: requests", "ok", detail)
@@ -104,9 +107,12 @@ def preflight(
 ) -> Iterator[Check]:
     """What a run looks at before its first request of these kinds; nothing is asked.
 
-    EngineRefused for a model whose template does not take them.
+    ResourceError where it cannot write; EngineRefused for a model whose template or context does not take them.
     """
-    yield disk(folder)
+    room = disk(folder)
+    if room.state == "FAIL":
+        raise ResourceError(str(room))
+    yield room
     yield memory()
     for voice in voices:
         name = voice.engine.name
@@ -117,4 +123,7 @@ def preflight(
             raise EngineRefused(f"{name}: {error}; {TEMPLATE_CURE}") from error
         sizes = {kind: size for kind, size in counted.items() if size is not None}
         if sizes:
-            yield lengths(name, voice, sizes)
+            length = lengths(name, voice, sizes)
+            if length.state == "FAIL":
+                raise EngineRefused(str(length))
+            yield length

@@ -15,7 +15,8 @@ from constitution.prompts import CHECK_LABELS, COMPARISON_LABELS, GRADE_LABELS
 from constitution.verdicts import read_labels
 from pipeline.checks import GIB, TEMPLATE_CURE, Check, disk, lengths, memory, num_tokens, samples
 from pipeline.config.settings import EngineSettings, Settings
-from pipeline.engines import open_engine, resolve_backend
+from pipeline.engines import open_engine
+from pipeline.engines.backends import only_read, resolve_backend
 from pipeline.engines.base import Request
 from pipeline.engines.votes import NUM_VOTES
 from pipeline.errors import CaiError, RequestFailed, UsageError
@@ -25,7 +26,7 @@ from pipeline.sources import Spec, read
 from pipeline.stages.asking import Voice
 from pipeline.store import RunFolder
 from pipeline.trial import with_some_model
-from pipeline.voices import Engines
+from pipeline.voices import Engines, check_sections
 
 PACKAGE, EXTRAS = "constitutional-pipeline", ("vllm", "qlora")
 MAX_WAIT_S = 60.0
@@ -129,10 +130,15 @@ def _engines(settings: Settings) -> dict[str, EngineSettings]:
 def _examine_engine(
     name: str, settings: EngineSettings, constitution: Constitution, *, judges: bool
 ) -> Iterator[Check]:
+    try:
+        check_sections({name: settings})
+    except CaiError as error:
+        yield Check(f"{name}: model", "FAIL", str(error))
+        return
     settings = settings.model_copy(update={"timeout_s": min(settings.timeout_s, MAX_WAIT_S)})
     if resolve_backend(settings) == "server":
         # Each by itself, for a pool works as long as one of them does.
-        one_each = [settings.model_copy(update={"base_urls": (url,)}) for url in settings.base_urls]
+        one_each = [only_read(settings).model_copy(update={"base_urls": (url,)}) for url in settings.base_urls]
         endpoints = [asyncio.run(_endpoint(name, one)) for one in one_each]
         yield from endpoints
         if endpoints and all(check.state == "FAIL" for check in endpoints):

@@ -6,13 +6,14 @@ time; what was measured on a few prompts (calibrate.py) replaces the guesses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from constitution.principles import Constitution
 from constitution.ranking import schedule
 from pipeline.config.settings import Settings
-from pipeline.engines import resolve_backend
+from pipeline.engines.backends import resolve_backend
 from pipeline.engines.votes import MAX_TOKENS as VOTE_TOKENS
 from pipeline.engines.votes import NUM_VOTES
 
@@ -133,20 +134,56 @@ def _sum(estimates: Mapping[int, Estimate]) -> Estimate:
     )
 
 
-def num_steps(settings: Settings, trainer: str, prompts: Mapping[str, int]) -> int:
-    """The most steps a training takes: every prompt gives all the rows it can. prompts: of each split."""
-    samples, rounds = settings.generate.samples, settings.critique_revise.rounds
-    targets = {"best": 1, "last": samples, "all": samples * rounds, "improved": samples * rounds}
-    pairs = {"best-worst": 1, "all": samples * (samples - 1) // 2, "revision-draft": samples}
-    rows = prompts.get("preference", 0)
-    if trainer == "sft":
-        rows = prompts.get("sft", 0) * targets[settings.export.sft]
-    elif trainer in ("rm", "dpo"):
-        rows *= pairs[settings.export.pairs]
-    elif trainer == "ppo":
-        rows += prompts.get("sft", 0)
+def num_steps(settings: Settings, trainer: str, prompts: Mapping[tuple[str, int], int]) -> int:
+    """The most steps a training takes: every prompt gives all the rows it can.
+
+    prompts: how many there are of each split with so many given answers.
+    """
+    rows = sum(num * _num_rows(settings, trainer, split, given) for (split, given), num in prompts.items())
+    if trainer == "sft" and settings.export.helpful:
+        share = settings.export.helpful.share
+        rows += round(rows * share / (1 - share))
     section = getattr(settings, f"train_{trainer}")
     return -(-rows // section.batch_size) * section.epochs
+
+
+def _num_rows(settings: Settings, trainer: str, split: str, given: int) -> int:
+    """The most rows that a prompt has for a trainer, in the dataset that it reads."""
+    samples, is_preference = _num_samples(settings), split == "preference"
+    if split == "test":
+        return 0
+    if trainer == "ppo":
+        return 1
+    if trainer == "sft":
+        rounds = settings.critique_revise.rounds
+        targets = {"best": 1, "last": samples, "all": samples * rounds, "improved": samples * rounds}
+        return 0 if is_preference else targets[settings.export.sft]
+    in_phase_1, in_phase_2 = settings.recipe.pairs != "samples", settings.recipe.pairs != "revisions" and is_preference
+    if trainer == "rrhf":
+        return in_phase_1 + in_phase_2
+    if trainer == "rm":
+        return int(is_preference)  # all pairs of a prompt are one row
+    pairs_1 = _num_pairs(settings, given + _num_candidates(settings, samples), chains=samples)
+    pairs_2 = _num_pairs(settings, settings.generate.samples)
+    return is_preference * (in_phase_1 * pairs_1 + in_phase_2 * pairs_2)
+
+
+def _num_pairs(settings: Settings, candidates: int, *, chains: int = 0) -> int:
+    """The most pairs of a prompt: all are of texts that were compared with each other. chains: none in phase 2."""
+    if chains and settings.export.pairs == "revision-draft":
+        return chains
+    if settings.export.pairs != "all" or settings.rank.mode == "graded":
+        return int(candidates > 1)
+    return min(math.comb(candidates, 2), len(schedule(candidates)) + 1)  # the best and the worst meet in any case
+
+
+def _num_samples(settings: Settings) -> int:
+    return settings.generate.samples * max(1, len(settings.generate.models))
+
+
+def _num_candidates(settings: Settings, samples: int) -> int:
+    """Drafts and their revisions, of which the ranking takes the ends of the chains or all."""
+    return samples * (1 + (1 if settings.rank.candidates == "ends" else settings.critique_revise.rounds))
 
 
 def _cost(settings: Settings, calls: Sequence[Call], records: int) -> float | None:
@@ -174,7 +211,7 @@ def _cost(settings: Settings, calls: Sequence[Call], records: int) -> float | No
 def _calls(
     settings: Settings, constitution: Constitution, names: Sequence[str], prompt: float, max_tokens: int
 ) -> Iterator[Call]:
-    samples = settings.generate.samples * max(1, len(settings.generate.models))
+    samples = _num_samples(settings)
     answer = REPLY_SHARE * (settings.generate.max_tokens or max_tokens)
     principle = sum(len(p.comparison) for p in constitution) / len(constitution) / CHARACTERS_PER_TOKEN
     judged = prompt + 2 * answer + principle + 50
@@ -197,8 +234,7 @@ def _calls(
 def _rank_calls(
     settings: Settings, constitution: Constitution, samples: int, judged: float, answer: float, *, has_chains: bool
 ) -> Iterator[Call]:
-    revisions = (1 if settings.rank.candidates == "ends" else settings.critique_revise.rounds) if has_chains else 0
-    candidates = samples * (1 + revisions)
+    candidates = _num_candidates(settings, samples) if has_chains else samples
     principles = len(constitution) if settings.rank.principles == "all" else settings.rank.principles
     orders = 1 if settings.rank.order == "single" else 2
     if settings.rank.mode == "graded":

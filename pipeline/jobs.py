@@ -15,7 +15,7 @@ from pipeline import nano
 from pipeline.config.load import differences, dump, read_file, read_layers
 from pipeline.config.settings import EngineSettings, Settings, SplitSettings
 from pipeline.dataset_folder import read_card
-from pipeline.engines import resolve_backend
+from pipeline.engines.backends import resolve_backend
 from pipeline.errors import UsageError
 from pipeline.estimate import Estimate, Measured, estimate, num_steps
 from pipeline.records import Line, Message
@@ -142,12 +142,12 @@ def is_sampled(prompt: Line, shares: SplitSettings) -> bool:
     return split_of(prompt["messages"], shares) != "sft"
 
 
-def scoring_model(run: Path, model: str | None) -> str:
-    """What gives scores: `model` if given, else the run's reward model."""
+def scoring_model(run: Path, model: str | None, *, options: str = "--reward-model") -> str:
+    """What gives scores: `model` if given, else the run's reward model. options: that name one, for the message."""
     if model is not None:
         return str(nano.path()) if model == "nano" else model
     if not (run / "models" / "rm" / "config.json").exists():
-        raise UsageError(f"{run}: no models/rm here; train one with `cai train-rm`, or give --reward-model or --policy")
+        raise UsageError(f"{run}: no models/rm here; train one with `cai train-rm`, or give {options}")
     return str(run / "models" / "rm")
 
 
@@ -181,7 +181,7 @@ def estimate_job(
 
     measured: what to go by instead of guesses.
     """
-    prompts = _prompts(path, settings, limit)
+    prompts = (messages for messages, _ in _prompts(path, settings, limit))
     if phase == 2:
         prompts = (messages for messages in prompts if split_of(messages, settings.export.split) != "sft")
         # One policy drafts, whoever drafted in phase 1.
@@ -194,11 +194,15 @@ def estimate_job(
 
 def estimate_trainings(path: Path, settings: Settings, trainers: Sequence[str], limit: int | None) -> dict[str, int]:
     """The most steps that each training would take."""
-    prompts = Counter(split_of(messages, settings.export.split) for messages in _prompts(path, settings, limit))
+    shares = settings.export.split
+    prompts = Counter((split_of(messages, shares), given) for messages, given in _prompts(path, settings, limit))
     return {trainer: num_steps(settings, trainer, prompts) for trainer in trainers}
 
 
-def _prompts(path: Path, settings: Settings, limit: int | None) -> Iterator[list[Message]]:
-    specs = _specs(settings)
-    own = () if specs else (line["messages"] for line in RunFolder(path).read("prompts"))
-    return itertools.islice(own or (row.messages for row in mix(specs)), limit)
+def _prompts(path: Path, settings: Settings, limit: int | None) -> Iterator[tuple[list[Message], int]]:
+    """Each prompt with the number of answers that were given with it."""
+    if specs := _specs(settings):
+        found = ((row.messages, len(row.given)) for row in mix(specs))
+    else:
+        found = ((line["messages"], len(line.get("completions", ()))) for line in RunFolder(path).read("prompts"))
+    return itertools.islice(found, limit)

@@ -175,8 +175,8 @@ class Journal:
         return total
 
     def load(self) -> tuple[int, int]:
-        """Requests (running, waiting): an engine runs as many as its concurrency, the others wait for it."""
-        running = sum(min(number, engine.concurrency) for engine, number in self.in_flight.items())
+        """Requests (running, waiting): those that engines work on, and those that wait for them."""
+        running = sum(min(number, engine.running) for engine, number in self.in_flight.items())
         return running, self.in_flight.total() - running
 
     async def start(self) -> None:

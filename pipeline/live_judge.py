@@ -30,7 +30,7 @@ from pipeline.stages.asking import ask_labels, ask_text, compare, lost, together
 from pipeline.train import ranks
 from pipeline.train.rewards import Source
 from pipeline.train.rollouts import Rollouts
-from pipeline.voices import NOTHING, Engines, Spent, used_up
+from pipeline.voices import NOTHING, Engines, Spent, check_models, used_up
 
 Verdict = float | Failure
 """A score, or why there is none."""
@@ -58,6 +58,7 @@ class LiveJudge:
         self._budget = ""
         self._no_verdict = 0.0
         self._answers: dict[str, str] = {}
+        self._priorities: dict[str, int] = {}
         self._runner = asyncio.Runner()
 
     def start(self) -> Source:
@@ -138,14 +139,17 @@ class LiveJudge:
         owners = [row for row in range(len(data)) for _ in data.completions(row)]
         try:
             calls = (
-                self._score(self._asker(segment, number), data.ids[row], rollouts.conversations[row], text)
-                for number, (row, text) in enumerate(zip(owners, rollouts.texts, strict=True))
+                self._score(self._asker(segment, data.ids[row]), data.ids[row], rollouts.conversations[row], text)
+                for row, text in zip(owners, rollouts.texts, strict=True)
             )
             return await together(map(_verdict, calls))
         finally:
             await self.journal.release(segment)
 
-    def _asker(self, segment: Segment, priority: int) -> Ask:
+    def _asker(self, segment: Segment, id: str) -> Ask:
+        """About a prompt, which has one priority in all steps."""
+        priority = self._priorities.setdefault(id, len(self._priorities))
+
         def ask(engine: Engine, request: Request) -> Awaitable[Reply]:
             return self.journal.ask(engine, request, segment, priority)
 
@@ -215,6 +219,7 @@ def live_judge(
     settings: Settings, constitution: Constitution, start: str, kind: str, *, folder: Path, earlier: Spent = NOTHING
 ) -> Iterator[tuple[LiveJudge, Source]]:
     """The judge of the settings, running until the end of the block, and the scores from it; see LiveJudge."""
+    check_models(settings, ("rank",))
     judge = LiveJudge(settings, constitution, start, kind, folder=folder, earlier=earlier)
     try:
         yield judge, judge.start()

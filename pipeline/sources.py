@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl
 
 import jsonlines
 
+from pipeline import hub
 from pipeline.conversations import DOCS, read_conversation, read_id, read_strings
 from pipeline.errors import UsageError
 from pipeline.records import Message, digest, message_id
@@ -271,6 +272,10 @@ def _hf_revision(name: str, options: dict[str, str]) -> str | None:
 def _hf_errors(path: str, wanted: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
+    name = hf_parts(path)[0]
+    is_local = name.startswith((".", "/", "~")) or Path(name).exists()
+    if not is_local and not hub.is_reachable():
+        raise UsageError(f"{path}: the hub cannot be reached; check the network, or give a file or folder, {DOCS}")
     try:
         yield
     except (OSError, ValueError, DatasetsError) as error:

@@ -15,6 +15,7 @@ from pipeline.jobs import Job, constitution_file
 from pipeline.reading import Case, Wanted, select
 from pipeline.records import message_id
 from pipeline.store import RunFolder, StageWriter
+from pipeline.voices import check_models
 
 MODEL = "nano"
 """Of a trial for which no model was named anywhere."""
@@ -34,6 +35,7 @@ def try_prompt(settings: Settings, prompt: str) -> Case:
     prompt: text, or a transcript as in docs/prompts.md. Raises UsageError for an empty one, and what a run raises.
     """
     messages = read_conversation({"prompt": prompt}, "PROMPT").messages
+    check_models(settings, DATA_STAGES)
     constitution = Constitution.load(constitution_file(settings))
     with tempfile.TemporaryDirectory(prefix="cai-try-") as folder:
         run = RunFolder(Path(folder) / "try", create=True)

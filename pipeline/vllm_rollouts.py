@@ -27,9 +27,8 @@ from pipeline.engines.vllm_model import (
 from pipeline.engines.vllm_worker import ReadsAgain
 from pipeline.errors import EngineDown, EngineRefused, UsageError
 from pipeline.lm.decode import Row
-from pipeline.lm.load import load_config, pick_device, release_memory
+from pipeline.lm.load import context_of, load_config, pick_device, release_memory
 from pipeline.train.loop import compute_dtype
-from pipeline.train.stage import context_of
 
 _SEEDS = 1 << 63
 """Fewer than training has."""

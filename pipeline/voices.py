@@ -11,7 +11,8 @@ from constitution.principles import Constitution
 from pipeline import nano
 from pipeline.checks import TEMPLATE_CURE, preflight
 from pipeline.config.settings import EngineSettings, RunSettings, Settings
-from pipeline.engines import check_engine, open_engine
+from pipeline.engines import open_engine
+from pipeline.engines.backends import check_engine, check_gpu, only_read
 from pipeline.engines.base import Engine
 from pipeline.errors import EngineRefused, RequestFailed
 from pipeline.jobs import MAX_TOKENS, NANO_MAX_TOKENS
@@ -54,11 +55,11 @@ class Engines:
 
     def voice(self, settings: EngineSettings, max_tokens: int | None = None) -> Voice:
         """The engine of a section, and how to speak to it."""
-        is_nano = _is_nano(settings)
+        is_nano, settings = _is_nano(settings), only_read(_with_folder(settings))
         key = digest(settings.model_dump(mode="json", exclude={"style"}))
         if key not in self._open:
             try:
-                self._open[key] = open_engine(_with_folder(settings), name="nano" if is_nano else None)
+                self._open[key] = open_engine(settings, name="nano" if is_nano else None)
             except RequestFailed as error:
                 raise EngineRefused(f"{settings.model}: {error}; {TEMPLATE_CURE}") from error
             if settings.price_in is not None or settings.price_out is not None:
@@ -109,14 +110,24 @@ class Engines:
 
 
 def check_models(settings: Settings, names: Sequence[str]) -> None:
-    """EngineRefused if a model that these stages ask is not named, or named by a path at which there is none."""
-    found: dict[str, EngineSettings] = settings.generators if "generate" in names else {}
-    if "critique-revise" in names:
-        found = found | settings.critics
-    if "critique-revise" in names or "rank" in names:
-        found = found | {"judge": settings.engine_for(settings.judge)}
-    for engine in found.values():
-        check_engine(_with_folder(engine))
+    """EngineRefused for what cannot work of the models that these stages of phase 1 ask; nothing is opened."""
+    found: dict[str, EngineSettings] = {}
+    revises = "critique-revise" in names
+    if "generate" in names or (revises and "critic" not in settings.critics):
+        found |= settings.generators
+    if revises:
+        found |= settings.critics
+    if revises or "rank" in names:
+        found["judge"] = settings.engine_for(settings.judge)
+    check_sections(found)
+
+
+def check_sections(engines: Mapping[str, EngineSettings]) -> None:
+    """EngineRefused for what cannot work of these, by their sections, alone and together."""
+    named = {section: _with_folder(settings) for section, settings in engines.items()}
+    for section, settings in named.items():
+        check_engine(settings, section)
+    check_gpu(named)
 
 
 def _is_nano(settings: EngineSettings) -> bool:

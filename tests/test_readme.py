@@ -25,13 +25,20 @@ def test_the_five_commands_work_in_order_in_an_empty_folder(cai):
     assert (cai.folder / "runs" / "first" / "datasets" / "preference" / "README.md").exists()
 
 
+def listed() -> set[Path]:
+    """What the table under "What is where" names; further names of a row lie beside its first."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where")[1].split("##")[0]
+    rows = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    return {ROOT / Path(row[0]).parent / Path(name).name for row in rows for name in row}
+
+
 def test_every_file_that_the_readme_names_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    for row in rows:
-        first, *others = re.findall(r"`([^`]+)`", row)
-        folder = Path(first).parent
-        for name in (first, *(str(folder / other) for other in others)):
-            assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+    assert [str(path) for path in listed() if not path.exists()] == []
+    for link in re.findall(r"\]\((?!https:)([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / link).exists(), link
+
+
+def test_every_room_and_module_is_named_in_the_readme():
+    modules = [path for path in (ROOT / "pipeline").glob("*.py") if path.name != "__init__.py"]
+    rooms = [path.parent for path in (ROOT / "pipeline").glob("*/__init__.py")]
+    assert {*modules, *rooms} <= listed()

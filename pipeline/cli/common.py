@@ -100,7 +100,7 @@ def command(name: str, **attributes: Any) -> Callable[[F], click.Command]:
         @wraps(function)
         def wrapper(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
             console = Console(name, as_json=as_json, quiet=quiet)
-            if "run" in kwargs and kwargs["run"] is not None:
+            if kwargs.get("run") is not None and kwargs.get("out") is None:
                 console.report["run"] = str(kwargs["run"])
             with _known_errors(console):
                 function(console, *args, **kwargs)
@@ -110,11 +110,11 @@ def command(name: str, **attributes: Any) -> Callable[[F], click.Command]:
     return decorate
 
 
-def stop_on_signals() -> None:
+def stop_on_signals(what_then: str = "the same command goes on from here") -> None:
     """From here on SIGTERM, SIGUSR1 and Ctrl-C raise StoppedError (75); every file is whole or absent at any moment."""
 
     def stop(number: int, frame: object) -> None:
-        raise StoppedError("stopped on request; the same command goes on from here")
+        raise StoppedError(f"stopped on request; {what_then}")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)

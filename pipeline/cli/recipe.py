@@ -41,6 +41,7 @@ def run_command(
 ) -> None:
     from pipeline import jobs, recipe
     from pipeline.chain import DATA_STAGES
+    from pipeline.store import RunFolder
     from pipeline.voices import check_models
 
     if calibrate and not dry_run:
@@ -50,10 +51,11 @@ def run_command(
     if trainers and not jobs.has_own_model(settings):
         jobs.start_model(run, settings, trainers[0], None)
     steps = recipe.steps(settings.recipe, trainers)
+    RunFolder.check(run, create=True)
+    check_models(settings, DATA_STAGES)  # before prompts are brought in, which a mended call would keep
     if dry_run:
         _show_estimate(console, run, settings, steps, limit, calibrate)
     else:
-        check_models(settings, DATA_STAGES)  # before prompts are brought in, which a mended call would keep
         with opened(console, run, settings, frozen=frozen, is_first=True) as job:
             _Call(console, job, bring_prompts(console, job, limit), grace).run(steps)
     if why_none:

@@ -21,6 +21,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 @command("score", help="Score answers with a reward model or a policy, and group them by quality.")
+@click.option("--dry-run", is_flag=True, help="Print rows, completions and tokens, and score nothing.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The dataset's folder, without a run.")
 @click.option(
     "--group",
@@ -43,13 +44,14 @@ def score_command(
     policy: str | None,
     group: str | None,
     out: Path | None,
+    dry_run: bool,
 ) -> None:
     from pipeline import jobs
     from pipeline.calllog import logged
     from pipeline.lock import locked
     from pipeline.store import RunFolder
 
-    stop_on_signals()
+    stop_on_signals("the same command begins anew")
     if reward_model and policy:
         raise UsageError("--reward-model and --policy: give one of them")
     if out is not None and not data:
@@ -57,10 +59,10 @@ def score_command(
     settings = jobs.resolve(run, config, assignments, {})
     if out is None:
         RunFolder(run)
-    model = jobs.scoring_model(run, reward_model or policy)
+    model = jobs.scoring_model(run, reward_model or policy, options="--reward-model or --policy")
     from pipeline.train import rows  # and with them torch, once it is known that the call makes sense
     from pipeline.train.quality import ALL, parse_grouping
-    from pipeline.train.score import ScoreJob, run_score
+    from pipeline.train.score import ScoreJob, plan_score, run_score
 
     grouping = parse_grouping(group) if group else ALL
     name = "scored" if grouping == ALL else f"scored-{grouping.kind}"
@@ -76,6 +78,9 @@ def score_command(
         watch=_watch(console),
     )
     console.say(f"{job.kind}: {model}")
+    if dry_run:
+        _show_plan(console, plan_score(job))
+        return
     with ExitStack() as held:
         if out is None:
             held.enter_context(locked(run))
@@ -93,6 +98,12 @@ def _watch(console: Console) -> Callable[[int], None]:
             console.say(f"{num_rows} rows scored")
 
     return watch
+
+
+def _show_plan(console: Console, counts: dict[str, dict[str, int]]) -> None:
+    console.report["counts"]["score"] = counts
+    for split, found in counts.items():
+        console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in found.items()))
 
 
 def _show(console: Console, report: ScoreReport) -> None:

@@ -88,15 +88,17 @@ def _run_stage(
 ) -> None:
     from pipeline.chain import check_shares
     from pipeline.cli.estimates import show_estimate
+    from pipeline.store import RunFolder
     from pipeline.voices import NOTHING, check_models
 
     settings = read_settings(run, **options)
+    is_first = phase == 1 and (bool(options["prompts"]) or name == "generate")
+    RunFolder.check(run, create=is_first)
+    if phase == 1 or name != "generate":  # whom phase 2 samples is the run's own model
+        check_models(settings, (name,))  # before prompts are brought in, which a mended call would keep
     if dry_run:
         show_estimate(console, run, settings, [(phase, (name,))], limit)
         return
-    is_first = phase == 1 and (bool(options["prompts"]) or name == "generate")
-    if is_first:
-        check_models(settings, (name,))  # before prompts are brought in, which a mended call would keep
     with opened(console, run, settings, frozen=frozen, is_first=is_first) as job:
         limit = bring_prompts(console, job, limit) if is_first else limit
         job = job.of_phase(phase)

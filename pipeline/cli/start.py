@@ -60,7 +60,7 @@ def try_command(
     """
     from pipeline.cli.view import show_cases
     from pipeline.config.load import read_layers
-    from pipeline.engines import resolve_backend
+    from pipeline.engines.backends import resolve_backend
     from pipeline.trial import try_prompt, with_some_model
 
     settings = with_some_model(read_layers(None, config, assignments, model_flags(model, endpoints, constitution)))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.jobs import Job as JobOfRun
     from pipeline.lm.load import Head
     from pipeline.train.layouts import Kind
-    from pipeline.train.scorers import Scorer
     from pipeline.train.stage import Job, Report
     from pipeline.voices import Spent
 
@@ -52,42 +51,20 @@ def _training_options(function: F) -> F:
 @command("train-sft", help="Train a model to imitate the chosen answers.")
 @click.option("--reward-model", metavar="MODEL", help="Keep the weights whose answers to test prompts score best.")
 @_training_options
-def train_sft_command(console: Console, *, reward_model: str | None, **options: Any) -> None:
-    def train(job: Job, settings: Settings) -> Report:
-        from pipeline.train.sft import train_sft
-
-        return train_sft(job, settings.train_sft, score=_open_reward_model(reward_model, job))
-
-    _train(console, "sft", train, **options)
-
-
-def _open_reward_model(model: str | None, job: Job) -> Scorer | None:
-    from pipeline.train import ranks
-    from pipeline.train.scorers import open_scorer
-
-    return ranks.together(lambda: open_scorer(model, "reward", device=job.device)) if model else None
+def train_sft_command(console: Console, **options: Any) -> None:
+    _train(console, "sft", **options)
 
 
 @command("train-rm", help="Train a reward model on preferences.")
 @_training_options
 def train_rm_command(console: Console, **options: Any) -> None:
-    def train(job: Job, settings: Settings) -> Report:
-        from pipeline.train.rm import train_rm
-
-        return train_rm(job, settings.train_rm)
-
-    _train(console, "rm", train, **options)
+    _train(console, "rm", **options)
 
 
 @command("train-dpo", help="Train a model on preferences directly (DPO, IPO).")
 @_training_options
 def train_dpo_command(console: Console, **options: Any) -> None:
-    def train(job: Job, settings: Settings) -> Report:
-        from pipeline.train.dpo import train_dpo
-
-        return train_dpo(job, settings.train_dpo)
-
-    _train(console, "dpo", train, **options)
+    _train(console, "dpo", **options)
 
 
 @command("train-rrhf", help="Train a model on ranked answers (RRHF).")
@@ -98,35 +75,43 @@ def train_dpo_command(console: Console, **options: Any) -> None:
 )
 @click.option("--resample-every", type=click.IntRange(min=1), metavar="STEPS", help="train_rrhf.resample_every.")
 @_training_options
-def train_rrhf_command(
-    console: Console, *, reward_model: str | None, resample_every: int | None, **options: Any
-) -> None:
-    def train(job: Job, settings: Settings) -> Report:
-        from pipeline import jobs
-        from pipeline.train.rrhf import train_rrhf
-
-        needs = reward_model or settings.train_rrhf.resample_every
-        model = jobs.scoring_model(options["run"], reward_model) if needs else None
-        return train_rrhf(job, settings.train_rrhf, score=_open_reward_model(model, job))
-
+def train_rrhf_command(console: Console, *, resample_every: int | None, **options: Any) -> None:
     flags = {} if resample_every is None else {"train_rrhf": {"resample_every": resample_every}}
-    _train(console, "rrhf", train, flags=flags, **options)
+    _train(console, "rrhf", flags=flags, **options)
 
 
 @command("train-ppo", help="Train a model by the scores of its answers (PPO), as InstructGPT was.")
 @click.option("--reward-model", metavar="MODEL", help="What scores answers; the run's models/rm if not given.")
 @_training_options
-def train_ppo_command(console: Console, reward_model: str | None, **options: Any) -> None:
-    def train(job: Job, settings: Settings) -> Report:
-        from pipeline.jobs import scoring_model
-        from pipeline.voices import NOTHING
+def train_ppo_command(console: Console, **options: Any) -> None:
+    _train(console, "ppo", **options)
 
-        scorer = reward_model
-        if reward_model or (settings.train_ppo.reward == "model" and not options["out"]):
-            scorer = scoring_model(options["run"], reward_model)
-        return _train_ppo(console, job, settings, scorer, NOTHING)
 
-    _train(console, "ppo", train, **options)
+def _scorer(trainer: str, settings: Settings, run: Path, model: str | None, *, in_run: bool = True) -> str | None:
+    """The model that gives scores in this training, if there is one. model: that the call names."""
+    from pipeline.jobs import scoring_model
+
+    is_needed = {
+        "rrhf": settings.train_rrhf.resample_every is not None,
+        "ppo": settings.train_ppo.reward == "model" and in_run,
+    }
+    return scoring_model(run, model) if model or is_needed.get(trainer) else None
+
+
+def _call(
+    console: Console, trainer: str, job: Job, settings: Settings, *, scorer: str | None, spent: Spent | None = None
+) -> Report:
+    """The trainer. spent: by the call's steps before."""
+    from pipeline.train import ranks
+    from pipeline.train.scorers import open_scorer
+    from pipeline.voices import NOTHING
+
+    if trainer == "ppo":
+        return _train_ppo(console, job, settings, scorer, spent or NOTHING)
+    module, own = importlib.import_module(f"pipeline.train.{trainer}"), getattr(settings, f"train_{trainer}")
+    score = ranks.together(lambda: open_scorer(scorer, "reward", device=job.device)) if scorer else None
+    report: Report = getattr(module, f"train_{trainer}")(job, own, **({"score": score} if score else {}))
+    return report
 
 
 def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str | None, spent: Spent) -> Report:
@@ -152,10 +137,9 @@ def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str
         return train_ppo(job, ppo, judge=source, sampler=sampler)
 
 
-def _train(
-    console: Console, trainer: str, train: Callable[[Job, Settings], Report], *, dry_run: bool, **options: Any
-) -> None:
+def _train(console: Console, trainer: str, *, dry_run: bool, reward_model: str | None = None, **options: Any) -> None:
     """By itself, or as one of the processes that torchrun started; of these the first one speaks."""
+    run, in_run = options["run"], options["out"] is None
     with ExitStack() as held:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from pipeline.train import ranks
@@ -164,14 +148,15 @@ def _train(
             if ranks.rank():
                 console.mute()
             job, settings = ranks.together(lambda: _read_job(console, trainer, **options))
+            scorer = ranks.together(lambda: _scorer(trainer, settings, run, reward_model, in_run=in_run))
         else:
             job, settings = _read_job(console, trainer, **options)
+            scorer = _scorer(trainer, settings, run, reward_model, in_run=in_run)
         console.say(f"start: {job.start}")
         if dry_run:
-            _dry_run(console, trainer, job, settings)
+            _dry_run(console, trainer, job, settings, scorer)
         else:
-            in_run = None if options["out"] else options["run"]
-            _carry_out(console, trainer, train, job, settings, run=in_run)
+            _carry_out(console, trainer, job, settings, scorer=scorer, run=run if in_run else None)
 
 
 def _read_job(
@@ -197,6 +182,8 @@ def _read_job(
         RunFolder(run)
         if name and not RUN_NAME.fullmatch(name):
             raise UsageError(f"--name {name}: use lower-case letters, digits, '.', '_', '-', at most 64")
+    elif name:
+        raise UsageError("--name beside --out: it names a folder in a run; leave one of them away")
     elif not data:
         raise UsageError("--out without --data: name what to train on, or leave --out away and give a run")
     from pipeline.train import rows  # and with them torch, once it is known that the call makes sense
@@ -218,10 +205,10 @@ def _read_job(
 def _carry_out(
     console: Console,
     trainer: str,
-    train: Callable[[Job, Settings], Report],
     job: Job,
     settings: Settings,
     *,
+    scorer: str | None,
     run: Path | None,
 ) -> None:
     """run: that is locked, and whose log gets a line."""
@@ -232,7 +219,8 @@ def _carry_out(
             made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
             job = replace(job, made_from=made_from)
         with _stop_requests() as should_stop, watching(console) as watch:
-            report = train(replace(job, watch=watch, should_stop=should_stop), settings)
+            job = replace(job, watch=watch, should_stop=should_stop)
+            report = _call(console, trainer, job, settings, scorer=scorer)
         _show(console, trainer, report)
 
 
@@ -261,30 +249,14 @@ def train_in_run(
         say=console.say,
     )
     console.say(f"train-{trainer}: start: {job.start}")
-    train = _trainer_of_run(console, trainer, run, spent)
+    scorer = _scorer(trainer, settings, run, None)
     with _stop_requests() as should_stop, watching(console) as watch:
         made_from = _made_from(opened, trainer, job)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
-        report = train(job, settings)
+        report = _call(console, trainer, job, settings, scorer=scorer, spent=spent)
     _show(console, trainer, report)
     console.report["outputs"][f"models/{trainer}"] = console.report["outputs"].pop("model")
     release_memory()
-
-
-def _trainer_of_run(console: Console, trainer: str, run: Path, spent: Spent) -> Callable[[Job, Settings], Report]:
-    """What trains in a run without further options."""
-    from pipeline.jobs import scoring_model
-
-    if trainer == "ppo":
-        return lambda job, settings: _train_ppo(
-            console,
-            job,
-            settings,
-            scoring_model(run, None) if settings.train_ppo.reward == "model" else None,
-            spent,
-        )
-    train = getattr(importlib.import_module(f"pipeline.train.{trainer}"), f"train_{trainer}")
-    return lambda job, settings: train(job, getattr(settings, f"train_{trainer}"))
 
 
 def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
@@ -318,15 +290,24 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
     return opened
 
 
-def _dry_run(console: Console, trainer: str, job: Job, settings: Settings) -> None:
+def _dry_run(console: Console, trainer: str, job: Job, settings: Settings, scorer: str | None) -> None:
+    from pipeline.train.plan import plan
     from pipeline.train.ppo import plan_ppo
-    from pipeline.train.stage import plan
 
     if trainer == "ppo":
-        found = plan_ppo(job, settings.train_ppo)
+        found = plan_ppo(job, settings.train_ppo, reward_model=scorer)
     else:
         head: Head = "score" if trainer == "rm" else "language"
-        found = plan(job, getattr(settings, f"train_{trainer}"), KINDS[trainer], head)
+        names = ["loss", *importlib.import_module(f"pipeline.train.{trainer}").METRICS]
+        names += ["reward"] if trainer == "sft" and scorer else []
+        found = plan(
+            job,
+            getattr(settings, f"train_{trainer}"),
+            KINDS[trainer],
+            head,
+            metrics=[f"eval/{name}" for name in names],
+            scorer=scorer,
+        )
     memory = found.memory
     console.report["counts"] = {
         **found.counts,

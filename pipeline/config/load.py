@@ -12,13 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from constitution import yamlfile
-from pipeline.config.settings import EngineSettings, Settings, origins
+from pipeline.config.addresses import origins
+from pipeline.config.settings import EngineSettings, Settings
 from pipeline.errors import UsageError
 
 Tree = dict[str, Any]
 """Settings as read: nested mappings of texts, not yet validated."""
 
 _ENGINE_SECTIONS = ("judge", "critic")
+_PLAINLY = {"tuple_type": "write a list, such as [ONE, TWO]", "model_type": "write a section, such as {KEY: VALUE}"}
+"""What pydantic says in words of Python."""
 
 
 class Layers:
@@ -40,7 +43,8 @@ class Layers:
                 node = inner
             node[path[-1]] = value
             self.places = {where: found for where, found in self.places.items() if where[: len(path)] != path}
-            self.places[path] = place
+            # What is wrong with a section as a whole is laid to the layer that spoke of it last.
+            self.places |= {path[:length]: place for length in range(1, len(path) + 1)}
         self.places |= {where: found for where, found in (places or {}).items() if where}
 
     def _forget_key_of_another_origin(self, engine: Any) -> None:
@@ -105,16 +109,17 @@ class Layers:
                 settings.engine_for(override)
         except ValidationError as error:
             first = error.errors()[0]
-            where = (*section, *(str(part) for part in first["loc"]))
-            raise UsageError(f"{self._place(where)}: {_explain(first, where)}") from error
+            where = (*section, *_keys(first))
+            place = self._place(where)
+            is_named = place == f"--set {'.'.join(where)}"
+            raise UsageError(f"{place}: {_explain(first, where, with_key=not is_named)}") from error
         return settings
 
     def _place(self, where: tuple[str, ...]) -> str:
         for length in range(len(where), 0, -1):
             if where[:length] in self.places:
                 return self.places[where[:length]]
-        inside = [place for path, place in self.places.items() if path[: len(where)] == where]
-        return inside[0] if inside else "settings"
+        return "settings"
 
 
 def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterable[tuple[tuple[str, ...], Any]]:
@@ -144,17 +149,28 @@ def _section_of(name: str) -> tuple[str, str]:
     raise UsageError(f"{name}: no section of that name; sections are {', '.join(Settings.model_fields)}")
 
 
-def _explain(error: Any, where: tuple[str, ...]) -> str:
+def _keys(error: Any) -> Iterable[str]:
+    """The keys on the way to a mistake, without the alternatives of a type that pydantic puts between them."""
+    parts = list(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return parts
+    return [part for part in parts if part.isidentifier() or part.isdecimal()]
+
+
+def _explain(error: Any, where: tuple[str, ...], *, with_key: bool) -> str:
     dotted = ".".join(where)
     if error["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
         near = difflib.get_close_matches(where[-1], known, 1, 0.5)
         cure = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {dotted!r}; {cure}"
+        return f"unknown key{f' {dotted!r}' if with_key else ''}; {cure}"
+    key = f"{dotted or 'settings'}: " if with_key else ""
+    if error["type"] in _PLAINLY:
+        return f"{key}{_PLAINLY[error['type']]}"
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f", not {given!r}" if isinstance(given, str | int | float) and "add up" not in message else ""
-    return f"{dotted or 'settings'}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{key}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _known_keys(where: tuple[str, ...]) -> list[str]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.config.addresses import check_addresses, origins
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-def origins(urls: Iterable[str]) -> list[str]:
-    """What stands before the path of each address: equal texts are one origin, whatever a URL parser makes of them."""
-    return ["/".join(url.split("/", 3)[:3]).lower() for url in urls]
 
 
 class Section(BaseModel):
@@ -44,13 +40,15 @@ class EngineSettings(Section):
     price_in: Annotated[float, Field(ge=0)] | None = None
     price_out: Annotated[float, Field(ge=0)] | None = None
 
-    @model_validator(mode="after")
-    def _different_endpoints(self) -> EngineSettings:
-        if len({url.rstrip("/") for url in self.base_urls}) < len(self.base_urls):
-            raise ValueError("an address stands in base_urls twice; name each once")
-        if any("@" in origin for origin in origins(self.base_urls)):
-            raise ValueError("no password belongs into an address; name a variable in api_key_env")
-        return self
+    @field_validator("base_urls")
+    @classmethod
+    def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        check_addresses(urls)
+        return urls
+
+
+OF_A_MODEL = ("revision", "adapter", "quantization")
+"""Keys that a section with another model does not have from `engine`."""
 
 
 class Source(Section):
@@ -213,6 +211,12 @@ class TrainDpoSettings(TrainSettings):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     length_normalised: bool = False
 
+    @model_validator(mode="after")
+    def _smooths_the_sigmoid(self) -> TrainDpoSettings:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing is of loss: sigmoid; leave it out with loss: ipo")
+        return self
+
 
 class TrainRrhfSettings(TrainSettings):
     """rrhf_weight: of the ranking term, beside the best completion's negative log-likelihood.
@@ -327,15 +331,19 @@ class Settings(Section):
     run: RunSettings = RunSettings()
 
     def engine_for(self, section: dict[str, Any]) -> EngineSettings:
-        """The engine section with what another one says differently.
+        """The engine section with what another one says differently; `model_fields_set` are the keys that it says.
 
-        A key belongs to the endpoints it was named with: a section that names any other one and no `api_key_env` of its
-        own sends none (`api_key_env` is then empty).
+        `revision`, `adapter` and `quantization` belong to the model they were named with, and a key to the endpoints:
+        a section that names any other one and no `api_key_env` of its own sends none (it is then empty).
         """
-        found = EngineSettings.model_validate({**self.engine.model_dump(), **section})
-        if "api_key_env" in section or set(origins(found.base_urls)) <= set(origins(self.engine.base_urls)):
-            return found
-        return found.model_copy(update={"api_key_env": ""})
+        inherited = self.engine.model_dump()
+        if section.get("model", self.engine.model) != self.engine.model:
+            inherited |= dict.fromkeys(OF_A_MODEL)
+        found = EngineSettings.model_validate({**inherited, **section})
+        values = dict(found)
+        if "api_key_env" not in section and not set(origins(found.base_urls)) <= set(origins(self.engine.base_urls)):
+            values["api_key_env"] = ""
+        return EngineSettings.model_construct(_fields_set=set(section), **values)
 
     @field_validator("critic", mode="before")
     @classmethod

@@ -1,7 +1,8 @@
 """The protocol between those who ask and those who answer.
 
 An engine turns one `Request` into one `Reply`. It knows nothing of records, stages or the journal. It may batch what is
-in flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first.
+in flight as it likes; among waiting requests the lowest `priority` (the oldest record) goes first. All requests of a
+record have one priority, those of different records different ones, so that it tells which prompts begin alike.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Engine(Protocol):
 
     name: as written into records (`model`). context: longest prompt plus reply in tokens, None if unknown.
     fingerprint: canonical-JSON-able identity of what answers: configuration, tokenizer, template and weights by
-        content, never a URL or a path. concurrency: how many requests it wants in flight.
+        content, never a URL or a path. concurrency: how many requests it wants in flight. running: how many it works on
+        at most, just now; the others wait.
     neutralised: how many texts of control tokens in prompts were made plain text so far.
     """
 
@@ -79,6 +81,9 @@ class Engine(Protocol):
     context: int | None
     fingerprint: dict[str, str]
     concurrency: int
+
+    @property
+    def running(self) -> int: ...
 
     @property
     def neutralised(self) -> int: ...

@@ -1,9 +1,11 @@
 """Which endpoint a request goes to, and who is next: a queue before several endpoints.
 
-A request goes to the endpoint that its chain was at last, for the beginning of its prompt is in the cache there; if
-that one has no place, to the least loaded one that has. When all are full it waits. A place that becomes free goes to
-the lowest priority (the oldest record) waiting; to one whose chain is at home elsewhere only if it is older than all
-others by more than `patience` records, or if no other waits. So no endpoint is idle while a request waits.
+A request goes to the endpoint that its record was at last, whose cache may hold the beginning of its prompt; if that
+one has no place, to the least loaded one that has. When all are full it waits. A place that becomes free goes to
+the lowest priority (the oldest record) waiting; to one that is at home elsewhere only if it is older than all others by
+more than `patience` records, or if no other waits. So no endpoint is idle while a request waits.
+
+A record is known by its priority, which all its requests share, whatever their prompts look like.
 """
 
 from __future__ import annotations
@@ -16,10 +18,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from pipeline.engines.endpoints import Endpoint
-from pipeline.records import Prompt
 
 KEPT_HOMES = 65_536
-KEY_CHARS = 256
 Waiter = tuple[int, int, asyncio.Future[Endpoint]]
 
 
@@ -38,9 +38,9 @@ class Pool:
         """Those that are in, or all if none is."""
         return [endpoint for endpoint in self.endpoints if not endpoint.is_out] or list(self.endpoints)
 
-    async def take(self, priority: int, chain: int | None = None, avoid: Endpoint | None = None) -> Endpoint:
-        """A place, to be given back. chain: of `chain_of`. avoid: another one is taken if it has a place."""
-        home = None if chain is None else self._homes.get(chain)
+    async def take(self, priority: int, avoid: Endpoint | None = None) -> Endpoint:
+        """A place, to be given back. avoid: another one is taken if it has a place."""
+        home = self._homes.get(priority)
         free = [endpoint for endpoint in self.usable() if endpoint.has_place()]
         free = [endpoint for endpoint in free if endpoint is not avoid] or free
         if free:
@@ -49,11 +49,10 @@ class Pool:
             found.in_flight += 1
         else:
             found = await self._wait(priority, home)
-        if chain is not None:
-            self._homes[chain] = found
-            self._homes.move_to_end(chain)
-            if len(self._homes) > KEPT_HOMES:
-                self._homes.popitem(last=False)
+        self._homes[priority] = found
+        self._homes.move_to_end(priority)
+        if len(self._homes) > KEPT_HOMES:
+            self._homes.popitem(last=False)
         return found
 
     async def _wait(self, priority: int, home: Endpoint | None) -> Endpoint:
@@ -121,18 +120,3 @@ class Pool:
         await asyncio.gather(*self._probes.values(), return_exceptions=True)
         for endpoint in self.endpoints:
             await endpoint.close()
-
-
-def chain_of(prompt: Prompt) -> int | None:
-    """What the prompts of one conversation share: all up to the beginning of the first user's turn.
-
-    None for raw text: the worked examples at its beginning are the same for all, and soon in every cache.
-    """
-    if isinstance(prompt, str):
-        return None
-    turns = []
-    for message in prompt:
-        turns.append((message["role"], message["content"][:KEY_CHARS]))
-        if message["role"] == "user":
-            break
-    return hash(tuple(turns))

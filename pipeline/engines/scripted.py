@@ -45,6 +45,10 @@ class ScriptedEngine:
         self._has_faults = bool(self.script.faults or any(rule.faults for rule in self.script.rules))
         self._asked: Counter[str] = Counter()
 
+    @property
+    def running(self) -> int:
+        return self.concurrency
+
     async def start(self) -> None:
         """Ready since it was made."""
 

@@ -33,7 +33,7 @@ import tenacity
 from pipeline.engines.base import Reply, Request
 from pipeline.engines.endpoints import CONNECT_S, Endpoint, TryAgain
 from pipeline.engines.label_tokens import ExactLabels, Inexact
-from pipeline.engines.pool import Pool, chain_of
+from pipeline.engines.pool import Pool
 from pipeline.engines.server_replies import BadReply, NoLogprobs, read_reply
 from pipeline.engines.votes import ask_votes
 from pipeline.engines.wire import NO_THINKING, Body, request_body
@@ -62,7 +62,6 @@ class _Call:
         self.request = request
         self.body = body
         self.priority = priority
-        self.chain = chain_of(request.prompt)
         self.last: Endpoint | None = None
         self.spent_s = 0.0
         self.has_moved = False
@@ -107,6 +106,10 @@ class ServerEngine:
         self._pool = Pool(
             [Endpoint(url, model, key=key, key_variable=api_key_env, concurrency=concurrency) for url in base_urls]
         )
+
+    @property
+    def running(self) -> int:
+        return sum(endpoint.in_flight for endpoint in self._pool.endpoints)
 
     async def start(self) -> list[str]:
         """Asks what is served, for a preflight, with the retries of a request. Returns the names, [] from servers that
@@ -228,7 +231,7 @@ class ServerEngine:
 
     async def _try(self, call: _Call) -> Reply:
         """One try, at the endpoint that the pool gives."""
-        endpoint = await self._pool.take(call.priority, call.chain, avoid=call.last)
+        endpoint = await self._pool.take(call.priority, avoid=call.last)
         begun = time.monotonic()
         try:
             async with self._checking:  # nothing is sent while it is asked whether anybody answers

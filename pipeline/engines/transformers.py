@@ -89,6 +89,10 @@ class TransformersEngine:
         self._thread.start()
 
     @property
+    def running(self) -> int:
+        return len(self._decoder.active)
+
+    @property
     def neutralised(self) -> int:
         return self._renderer.neutralised
 

@@ -24,8 +24,8 @@ import torch
 
 from pipeline.engines.base import Reply, Request, Usage
 from pipeline.engines.rendered import Renderer
-from pipeline.engines.vllm_model import NUM_SEQUENCES, require_vllm, sampling_params, shared_model, told
-from pipeline.errors import EngineDown, EngineRefused
+from pipeline.engines.vllm_model import NUM_SEQUENCES, sampling_params, shared_model, told
+from pipeline.errors import EngineDown
 from pipeline.lm.labels import FLOOR, Label, own_shares
 from pipeline.lm.load import hash_weights, identify
 from pipeline.lm.templates import Chat
@@ -68,12 +68,12 @@ class VllmEngine:
         data_parallel: int | Literal["auto"] = "auto",
         gpu_memory_utilization: float = 0.9,
     ) -> None:
-        require_vllm("engine.backend", instead="transformers")
         identity = identify(model, revision=revision, dtype=dtype)
         replicas = _replicas(tensor_parallel, data_parallel)
         num_sequences = concurrency or NUM_SEQUENCES
-        self.name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+        self.name = _named(name or (Path(model).resolve().name if Path(model).is_dir() else model), adapter)
         self.concurrency = round(BACKLOG * num_sequences * replicas)
+        self._num_sequences = num_sequences * replicas
         self.context = min((limit for limit in (identity.context, context) if limit), default=None)
         self.chat = Chat(identity.tokenizer, eos=identity.eos)
         self.fingerprint = {
@@ -103,6 +103,10 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_running = 0
         self._numbers = itertools.count()
+
+    @property
+    def running(self) -> int:
+        return min(self._num_running, self._num_sequences)
 
     @property
     def neutralised(self) -> int:
@@ -256,22 +260,18 @@ def _without_seed(job: _Job) -> Any:
 
 
 def _replicas(tensor_parallel: int, data_parallel: int | Literal["auto"]) -> int:
-    """Copies of the model; auto: as many as the visible GPUs hold, 1 on a CPU. Raises EngineRefused for too many."""
-    gpus = torch.cuda.device_count()
-    if gpus and gpus < tensor_parallel:
-        raise EngineRefused(f"engine.tensor_parallel: {tensor_parallel}, but {gpus} GPUs are visible; lower it")
-    if data_parallel == "auto":
-        return max(1, gpus // tensor_parallel)
-    if gpus and gpus < tensor_parallel * data_parallel:
-        asked = f"{data_parallel} copies of {tensor_parallel} GPUs each"
-        raise EngineRefused(f"engine.data_parallel: {asked}, but {gpus} GPUs are visible; lower it, or set it to auto")
-    return data_parallel
+    """Copies of the model; auto: as many as the visible GPUs hold, 1 on a CPU."""
+    return max(1, torch.cuda.device_count() // tensor_parallel) if data_parallel == "auto" else data_parallel
 
 
 def _hash_adapter(folder: Path) -> str:
-    """Identity of a LoRA adapter by content. Raises EngineRefused where there is none."""
-    try:
-        settings = (folder / "adapter_config.json").read_bytes()
-    except OSError as error:
-        raise EngineRefused(f"engine.adapter: {folder} holds no adapter_config.json; give a LoRA folder") from error
-    return hashlib.sha256(settings + hash_weights(folder).encode()).hexdigest()
+    """Identity of a LoRA adapter by content."""
+    return hashlib.sha256((folder / "adapter_config.json").read_bytes() + hash_weights(folder).encode()).hexdigest()
+
+
+def _named(model: str, adapter: str | None) -> str:
+    """The model, and its adapter by folder: that of the trained model where trainers put one, in `MODEL/adapter`."""
+    if not adapter:
+        return model
+    folder = Path(adapter).resolve()
+    return f"{model}+{(folder.parent if folder.name == 'adapter' else folder).name}"

@@ -10,8 +10,6 @@ the run started from and from its SFT model.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -19,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.errors import CaiError, UsageError
+from pipeline.arguments import Arguments, count, one_line
+from pipeline.errors import UsageError
 from pipeline.evaluate.behaviour import FAULTS, Tally
 from pipeline.intervals import Rate, wilson
 from pipeline.lm.decode import Decoder, Row, decode
@@ -150,15 +149,13 @@ def table(found: Measured) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.evaluate.held_out", description=__doc__.split("\n")[0])
+    parser = Arguments("pipeline.evaluate.held_out", __doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--cases", type=int, default=CASES)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=count, default=CASES, help=f"requests to each model (default {CASES})")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests and the answers (default 0)")
     options = parser.parse_args()
-    try:
+    with one_line():
         print("\n".join(table(measure(options.run, cases=options.cases, seed=options.seed))))
-    except CaiError as error:
-        sys.exit(f"cai: {error}")
 
 
 if __name__ == "__main__":

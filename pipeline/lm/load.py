@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_bitsandbytes_available, logging
 
+from pipeline import hub
 from pipeline.errors import EngineRefused, ResourceError
 from pipeline.lm.adapter import adapter_digest, base_of, merge
 from pipeline.lm.folder import check_name
@@ -148,17 +149,41 @@ def load_tokenizer(model: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
+    """Raises EngineRefused unless conversations become tokens that the model of this name has embeddings for."""
+    if not tokenizer.chat_template:
+        raise EngineRefused(
+            f"model {name}: no chat template; give a chat model, or put a chat_template.jinja in its folder"
+        )
+    if len(tokenizer) > num_embeddings:
+        raise EngineRefused(
+            f"model {name}: {len(tokenizer)} tokens, but {num_embeddings} embeddings; give its own tokenizer"
+        )
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the longest text; a number that is never reached if the model does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
 def load_config(model: str, *, revision: str | None = None) -> Any:
     """The configuration alone, of an adapter's folder that of its model. Raises EngineRefused."""
     return _open(AutoConfig, base_of(model), revision)
 
 
 def _open(auto: Any, model: str, revision: str | None, **options: Any) -> Any:
-    check_name(model)
+    check_name(model, "its name")
     try:
-        return auto.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
+        return auto.from_pretrained(
+            model, revision=revision, trust_remote_code=False, local_files_only=not is_here_or_hub_is(model), **options
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EngineRefused(_refusal(model, revision, error)) from error
+
+
+def is_here_or_hub_is(model: str) -> bool:
+    """Else a hub's model is looked for in its cache only."""
+    return Path(model).is_dir() or hub.is_reachable()
 
 
 def _quantization(is_adapter: bool, where: torch.device, kind: torch.dtype) -> dict[str, Any]:
@@ -201,13 +226,15 @@ def _refusal(model: str, revision: str | None, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     if Path(model).is_dir():
         return f"model {model}: cannot be loaded ({reason}); it needs config, tokenizer and safetensors weights"
+    if not is_here_or_hub_is(model):
+        reason = "the hub cannot be reached, and its cache here does not hold it"
     return (
         f"model {model}{at}: neither a folder here nor a model that can be had ({reason}); "
-        "check engine.model, or use nano, the embedded model"
+        "check its name, or use nano, the embedded model"
     )
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str, setting: str = "engine.device") -> torch.device:
     """auto -> CUDA, then MPS, then CPU. Raises EngineRefused for a device that is not here."""
     if device == "auto":
         if torch.cuda.is_available():
@@ -217,7 +244,7 @@ def pick_device(device: str) -> torch.device:
         torch.zeros(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise EngineRefused(f"engine.device: {device} is not available here; use auto, cuda, mps or cpu") from error
+        raise EngineRefused(f"{setting}: {device} is not available here; use auto, cuda, mps or cpu") from error
 
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:

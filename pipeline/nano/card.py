@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.intervals import Rate
 from pipeline.nano import words
-from pipeline.nano.measure import Rate, table
+from pipeline.nano.measure import table
 
 CARD = """---
 license: apache-2.0

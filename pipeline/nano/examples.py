@@ -1,16 +1,19 @@
-"""Prompts of the embedded model's world, none of them held out: `python -m pipeline.nano.examples` writes the example.
+"""Prompts of the embedded model's world, none of them held out, one to a line.
 
-With `--num N --seed S -o FILE` others, for a study.
+    python -m pipeline.nano.examples [--num N] [--seed S] [-o FILE]
+
+Without arguments it writes the package's own example; with others, prompts for a study.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from random import Random
 
+from pipeline.arguments import Arguments, count, one_line
 from pipeline.nano import example_prompts, world
 from pipeline.records import Line, line_bytes
+from pipeline.store import write_atomic
 
 NUM_PROMPTS = 400
 SEED = 7
@@ -31,12 +34,15 @@ def example_lines(num: int = NUM_PROMPTS, seed: int = SEED) -> list[Line]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.nano.examples", description=__doc__.split(":")[0])
-    parser.add_argument("--num", type=int, default=NUM_PROMPTS)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("-o", "--out", type=Path, default=example_prompts())
+    parser = Arguments("pipeline.nano.examples", __doc__)
+    parser.add_argument("--num", type=count, default=NUM_PROMPTS, help=f"of prompts (default {NUM_PROMPTS})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the draws (default {SEED})")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", type=Path, default=example_prompts(), help="default: the package's own"
+    )
     options = parser.parse_args()
-    options.out.write_bytes(b"".join(line_bytes(line) for line in example_lines(options.num, options.seed)))
+    with one_line():
+        write_atomic(options.out, b"".join(map(line_bytes, example_lines(options.num, options.seed))))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from pipeline.train.losses import dpo_loss, ipo_loss
 from pipeline.train.reference import reference_logps
 from pipeline.train.stage import Job, Opened, Report, train
 
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy", "logps/chosen", "logps/rejected")
+"""Of its terms, by name."""
+
 
 class Preference:
     """One term for each pair. references: by id of the data they belong to, (N,) summed log-probabilities."""
@@ -41,7 +44,8 @@ class Preference:
             policy_logps, ref_logps = policy_logps / logps.lengths, ref_logps / logps.lengths
         policy_logps, ref_logps = policy_logps.view(-1, 2), ref_logps.view(-1, 2)
         probability = torch.tensor([data.probability[row] for row in rows], device=model.device).float()
-        return Terms(self._loss(policy_logps, ref_logps, probability), self._metrics(policy_logps, ref_logps))
+        metrics = self._metrics(policy_logps, ref_logps, probability)
+        return Terms(self._loss(policy_logps, ref_logps, probability), metrics)
 
     def _loss(self, policy_logps: Tensor, ref_logps: Tensor, probability: Tensor) -> Tensor:
         beta = self.settings.beta
@@ -50,14 +54,15 @@ class Preference:
         smoothing = self.settings.label_smoothing
         return dpo_loss(policy_logps, ref_logps, probability, beta=beta, label_smoothing=smoothing)
 
-    def _metrics(self, policy_logps: Tensor, ref_logps: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, policy_logps: Tensor, ref_logps: Tensor, probability: Tensor) -> dict[str, Tensor]:
+        """A pair is right if the answer that its label holds for the better one has the larger reward."""
         rewards = self.settings.beta * (policy_logps - ref_logps).detach()
         margins = rewards[:, 0] - rewards[:, 1]
         return {
             "rewards/chosen": rewards[:, 0],
             "rewards/rejected": rewards[:, 1],
             "rewards/margin": margins,
-            "rewards/accuracy": (margins > 0).float(),
+            "rewards/accuracy": (margins * (2 * (probability > 0.5) - 1) > 0).float(),
             "logps/chosen": policy_logps[:, 0],
             "logps/rejected": policy_logps[:, 1],
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pipeline.config.settings import LoraSettings, TrainSettings
 from pipeline.lm.forward import Group, completion_ends, completion_logps
-from pipeline.lm.load import Head, load_config, pick_device, stored_dtype
+from pipeline.lm.load import Head, load_config, pick_device, pick_dtype, stored_dtype
 from pipeline.lm.packed import PACKED
+from pipeline.train import ranks
 from pipeline.train.batches import Data, longest_microbatch
 from pipeline.train.loop import compute_dtype, silence_dropout
 from pipeline.train.lora import attach
@@ -45,8 +47,12 @@ class Memory(NamedTuple):
         return self.total <= self.room
 
 
-def measure(start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> Memory:
-    """Weights, a gradient and two moments of what is trained, and activations as a forward pass keeps them."""
+def measure(start: str, data: Data, settings: TrainSettings, device: str, head: Head, beside: int = 0) -> Memory:
+    """Weights, a gradient and two moments of what is trained, and activations as a forward pass keeps them.
+
+    Where the model is divided over several processes it is the share of one. beside: bytes of other models.
+    """
+    shares = ranks.size() if settings.parallel == "fsdp" else 1
     kind = pick_device(device).type
     model = _hollow(start, settings, head)
     sizes = _sizes(model, start, settings, kind)
@@ -58,22 +64,31 @@ def measure(start: str, data: Data, settings: TrainSettings, device: str, head: 
         model.to(torch.bfloat16)
     longest = longest_microbatch(data, batch_size=settings.batch_size, max_tokens=settings.microbatch_tokens)
     return Memory(
-        weights=weights,
-        gradients=4 * trained,
-        optimizer=8 * trained,
+        weights=weights // shares + beside,
+        gradients=4 * trained // shares,
+        optimizer=8 * trained // shares,
         activations=_activations(model, [data.group(row) for row in longest], settings) + casts,
         tokens=sum(map(data.num_tokens, longest)),
         free=_free_bytes(pick_device(device)),
     )
 
 
-def advise(memory: Memory, start: str, data: Data, settings: TrainSettings, device: str, head: Head) -> str:
+def weight_bytes(model: str, device: str, head: Head) -> int:
+    """Of a model that is only read, as it is loaded."""
+    dtype = pick_dtype("auto", pick_device(device), load_config(model))
+    hollow = _hollow(model, TrainSettings(), head)
+    return sum(parameter.numel() for parameter in hollow.parameters()) * dtype.itemsize
+
+
+def advise(
+    memory: Memory, start: str, data: Data, settings: TrainSettings, device: str, head: Head, beside: int = 0
+) -> str:
     """What would fit and what it needs, '' if this does."""
     if memory.fits:
         return ""
     found = []
     for update in _smaller(memory, data, settings):
-        tried = measure(start, data, settings.model_copy(update=update), device, head)
+        tried = measure(start, data, settings.model_copy(update=update), device, head, beside)
         if tried.total <= memory.room:
             words = ", ".join(f"{name}: {_words(value)}" for name, value in update.items())
             found.append(f"{words} ({tried.total / 2**20:,.0f} MiB)")
@@ -167,4 +182,32 @@ def kept_bytes(model: Any, groups: Sequence[Group]) -> int:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_system_bytes()
+
+
+def free_system_bytes(root: Path = Path("/")) -> int:
+    """What a process may still take: the system's available memory, page cache included, or less in a container."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = 1024 * _numbers(meminfo.read_text())["MemAvailable:"]
+    return min([available, *_free_in_groups(root)])
+
+
+def _free_in_groups(root: Path) -> list[int]:
+    """In the process's control group and those around it, as far as they have a limit (version 2 alone)."""
+    own = next((line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/")
+    base = root / "sys/fs/cgroup"
+    group, found = base / own.strip("/"), list[int]()
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(base) and (folder / "memory.max").exists():
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            cache = _numbers((folder / "memory.stat").read_text())["inactive_file"]  # given up when memory is short
+            found += [int(limit) - used + cache] if limit != "max" else []
+    return found
+
+
+def _numbers(text: str) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    return {words[0]: int(words[1]) for words in map(str.split, text.splitlines())}

@@ -13,31 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transformers import AutoConfig
+import torch
 
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
-from pipeline.lm.load import ends, load_tokenizer
+from pipeline.lm.load import check_tokenizer, context_of, ends, fingerprint, load_config, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
+from pipeline.train.best import Best
 from pipeline.train.curves import draw_reward_kl
 from pipeline.train.loop import Outcome, Progress
 from pipeline.train.memory import measure
 from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
-from pipeline.train.ppo_run import Clock, Run, Task, logged
+from pipeline.train.plan import Plan
+from pipeline.train.ppo_run import EVALUATED, Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, read_prompts
-from pipeline.train.rewards import Source, open_function, open_reward_model
+from pipeline.train.rewards import Source, check_reencoding, open_function, open_reward_model
 from pipeline.train.samplers import Sampler
+from pipeline.train.scorers import outline
 from pipeline.train.stage import (
     Job,
-    Plan,
     Report,
-    check_tokenizer,
-    context_of,
     describe,
     followed,
     load_start,
@@ -63,20 +63,19 @@ def train_ppo(
     """
     check_installed(job.trackers)
     _check_sampler(settings, sampler)
-    if ranks.size() > 1 and settings.parallel == "fsdp":
-        raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
+    _check_parallel(settings)
     loaded = ranks.together(lambda: load_start(job, settings, "language"))
-    policy, fingerprint = loaded.model, loaded.fingerprint
+    policy, start = loaded.model, loaded.fingerprint
     check_tokenizer(loaded.tokenizer, policy.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer, eos=ends(policy.config.get_text_config(), policy.generation_config))
     context = context_of(policy.config)
     prompts, tallies = ranks.together(lambda: _read_prompts(job, settings, chat, context))
     ptx = ranks.together(lambda: _read_ptx(job, settings, chat, context, tallies))
     counts = {name: dict(each.counts) for name, each in prompts.items()}
-    source = judge or ranks.together(lambda: _open_reward(settings, reward_model, job, fingerprint["tokenizer"]))
+    source = judge or ranks.together(lambda: _open_reward(settings, reward_model, job, start["tokenizer"]))
     data = {name: each.data for name, each in prompts.items()} | ({"ptx": ptx} if ptx else {})
     identity = digest(
-        ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, fingerprint, source.fingerprint]
+        ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, start, source.fingerprint]
         + [[each.digest, each.ids] for each in data.values()]
     )
     if found := ranks.first(lambda: published(job.out, identity)):
@@ -93,7 +92,7 @@ def train_ppo(
         outcome,
         trainer="ppo",
         identity=identity,
-        start=fingerprint,
+        start=start,
         data={name: {"sha256": each.digest, "rows": len(each)} for name, each in data.items()},
         tallies=tallies,
     )
@@ -176,10 +175,20 @@ def optimise(
     return run.finish(warn)
 
 
-def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:
-    """Reads and tokenises, and loads no weights. Reward model and value model count as if of the start's size."""
-    chat, context = Chat(load_tokenizer(job.start)), context_of(AutoConfig.from_pretrained(job.start))
-    prompts, _ = _read_prompts(job, settings, chat, context)
+def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None) -> Plan:
+    """Reads and tokenises, loads no weights, and refuses what `train_ppo` refuses.
+
+    Reward model and value model count as if of the start's size.
+    """
+    check_installed(job.trackers)
+    _check_parallel(settings)
+    published(job.out, "")
+    config, tokenizer = load_config(job.start), load_tokenizer(job.start)
+    check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
+    _check_reward(settings, reward_model, fingerprint(config, tokenizer, dtype=torch.float32)["tokenizer"])
+    prompts, _ = _read_prompts(job, settings, Chat(tokenizer), context_of(config))
+    if len(prompts["test"]) and settings.reward not in ("judge", "graded"):  # a judge adds what it measures
+        Best(settings.select).check(EVALUATED)
     train, longest = prompts["train"].data, Data()
     for row in range(len(train)):
         example = rows.Row(train.ids[row], [], (), 1.0, (), "policy")
@@ -206,6 +215,7 @@ def _read_prompts(
     """Of both splits, each short enough for a completion. Raises UsageError (2) if none is."""
     tallies: list[rows.Tally] = []
     room = min(settings.max_length or context, context) - settings.max_tokens
+    cure = "lower max_tokens" + (", or set too_long: cut" if settings.too_long == "drop" else "")
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
         own: list[rows.Tally] = []
@@ -215,9 +225,9 @@ def _read_prompts(
         tell_read(job, split, found[split].data, own)
         tallies += own
         if lost := found[split].data.left_out["too_long"]:
-            job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
+            job.say(f"{split}: {lost} prompts longer than {room} tokens left out; {cure}")
     if not len(found["train"]):
-        raise UsageError(f"all prompts are longer than {room} tokens; set max_tokens, or too_long: cut")
+        raise UsageError(f"all prompts are longer than {room} tokens; {cure}")
     return found, tallies
 
 
@@ -241,13 +251,35 @@ def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:
         raise ranks.shared(UsageError("train_ppo.sampler: vllm serves one process; start it without torchrun"))
 
 
+def _check_parallel(settings: TrainPpoSettings) -> None:
+    if ranks.size() > 1 and settings.parallel == "fsdp":
+        raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
+
+
+def _check_reward(settings: TrainPpoSettings, name: str | None, tokenizer: str) -> None:
+    """What `_open_reward` refuses, without weights. tokenizer: digest of the policy's."""
+    if settings.reward in ("judge", "graded"):
+        return
+    if settings.reward not in ("model", "policy"):
+        open_function(settings.reward)
+    elif name is None:
+        raise _no_scorer(settings)
+    else:
+        scorer = outline(name, "reward" if settings.reward == "model" else "policy")
+        check_reencoding(name, scorer.fingerprint["tokenizer"] != tokenizer, reencode=settings.reencode)
+
+
+def _no_scorer(settings: TrainPpoSettings) -> UsageError:
+    return UsageError(f"train_ppo.reward: {settings.reward}: no model that scores; use --reward-model MODEL")
+
+
 def _open_reward(settings: TrainPpoSettings, name: str | None, job: Job, tokenizer: str) -> Source:
     if settings.reward in ("judge", "graded"):
         raise UsageError(f"train_ppo.reward: {settings.reward}: no judge here")
     if settings.reward not in ("model", "policy"):
         return open_function(settings.reward)
     if name is None:
-        raise UsageError(f"train_ppo.reward: {settings.reward}: no model that scores; use --reward-model MODEL")
+        raise _no_scorer(settings)
     return open_reward_model(
         name,
         "reward" if settings.reward == "model" else "policy",

@@ -28,6 +28,8 @@ from pipeline.train.rewards import Score
 from pipeline.train.rollouts import Rollouts, roll_out
 from pipeline.train.samplers import DrawOutside, Sampler, draw_here
 
+EVALUATED = ("eval/scores", "eval/kl", "eval/length", "eval/ended")
+"""What every evaluation measures, by name."""
 EVAL = -1
 """Stands for the step in the seeds of validation completions: the same draws at every evaluation."""
 
@@ -117,13 +119,17 @@ class Run:
         own = self._swap(self.average)
         rollouts = self.roll_out(prompts, list(range(len(prompts))), step=EVAL)
         scores = shaped_scores(self.task.score(rollouts), rollouts.has_ended, self.settings)
+        values = (
+            scores.mean(),
+            rollouts.kl.mean(),
+            rollouts.completion_mask.sum(dim=1).float().mean(),
+            rollouts.has_ended.float().mean(),
+        )
         found = {
-            "eval/scores": scores.mean().item(),
-            "eval/kl": rollouts.kl.mean().item(),
-            "eval/length": rollouts.completion_mask.sum(dim=1).float().mean().item(),
-            "eval/ended": rollouts.has_ended.float().mean().item(),
+            **{name: value.item() for name, value in zip(EVALUATED, values, strict=True)},
             **{f"eval/{name}": value for name, value in self.task.measure().items()},
         }
+        ranks.together(lambda: self.best.check(found))
         if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters
             ranks.first(lambda: checkpoints.save(self.task.folder / "best", {"step": self.step}, {"policy": weights}))

@@ -51,11 +51,7 @@ def open_reward_model(
     """
     scorer = open_scorer(name, kind, device=device)
     is_other = scorer.fingerprint["tokenizer"] != tokenizer
-    if is_other and not reencode:
-        raise UsageError(
-            f"model {name}: its tokenizer or chat template is not the policy's; train it from the same model, "
-            "or set train_ppo.reencode: true to have it read the text"
-        )
+    check_reencoding(name, is_other, reencode=reencode)
 
     def score(rollouts: Rollouts) -> Tensor:
         data = ranks.together(lambda: reencoded(rollouts, scorer.chat)) if is_other else rollouts.data
@@ -65,6 +61,15 @@ def open_reward_model(
         return scores.to(rollouts.logps.device)
 
     return Source(score, scorer.fingerprint, scorer.model if kind == "reward" and not is_other else None)
+
+
+def check_reencoding(name: str, is_other: bool, *, reencode: bool) -> None:
+    """is_other: whether the model of this name has another tokenizer than the policy."""
+    if is_other and not reencode:
+        raise UsageError(
+            f"model {name}: its tokenizer or chat template is not the policy's; train it from the same model, "
+            "or set train_ppo.reencode: true to have it read the text"
+        )
 
 
 def reencoded(rollouts: Rollouts, chat: Chat) -> Data:

@@ -2,7 +2,7 @@
 
 All comparisons of a prompt are one term of the loss, with one forward pass for each completion. The score is read at
 the token that ends the turn, from a head that starts at zero, so that the first loss is ln 2. Left out: dividing scores
-by their spread.
+by their spread, and the bias that brings demonstrations to a mean score of 0 before PPO.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from pipeline.train.loop import Terms
 from pipeline.train.losses import centering_loss, ranking_loss
 from pipeline.train.scorers import reward_scores
 from pipeline.train.stage import Job, Report, train
+
+METRICS = ("scores/margin", "scores/accuracy", "scores/mean")
+"""Of its terms, by name."""
 
 
 class Comparisons:

@@ -96,6 +96,9 @@ def parse_source(text: str) -> Source:
     try:
         weight = float(after)
     except ValueError:
+        if at and not Path(text).exists() and Path(path).exists():
+            message = f"{text}: {after!r} is no number; write {path}@WEIGHT, such as {path}@0.5"
+            raise UsageError(message) from None
         return Source(text)
     if not at or Path(text).exists():
         return Source(text)

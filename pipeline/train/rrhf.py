@@ -2,6 +2,9 @@
 
 Completions come from anywhere, scores from the judge or from a reward model; with `resample_every` the policy's own
 samples join them as it learns (the paper's online sampling). Left out: sampling with diverse beams.
+
+With one completion the loss of a prompt is its negative log-likelihood, summed over tokens as in the paper. SFT's terms
+add up to the same, but its step divides by the tokens of the batch, and this one by its prompts.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from pipeline.train.loop import Terms
 from pipeline.train.losses import rrhf_loss
 from pipeline.train.resample import Resampler
 from pipeline.train.sampling import Generate, make_sampler
-from pipeline.train.scorers import Score, check_tokenizer
+from pipeline.train.scorers import Score, check_same_tokenizer
 from pipeline.train.stage import Extras, Job, Opened, Report, train
+
+METRICS = ("ranking/best_first", "ranking/candidates", "scores/best")
+"""Of its terms, by name."""
 
 
 class Ranking:
@@ -64,7 +70,7 @@ def train_rrhf(
     def make_extras(opened: Opened) -> Extras:
         if score is None:
             return Extras()
-        check_tokenizer(score, opened.fingerprint)
+        check_same_tokenizer(score.fingerprint, opened.fingerprint)
         for data in (opened.train, opened.test):
             data.scores = array("d", score(data, max_tokens=settings.microbatch_tokens).tolist())
         if not settings.resample_every:

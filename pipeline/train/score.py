@@ -24,8 +24,9 @@ from pipeline.errors import IncompleteError, UsageError
 from pipeline.records import message_id
 from pipeline.store import make_folder
 from pipeline.train import rows
+from pipeline.train.batches import Data, take
 from pipeline.train.quality import ALL, Answer, Grouping, Scored, borders, choose, parts, schema
-from pipeline.train.scorers import Scorer, ScorerKind, open_scorer
+from pipeline.train.scorers import Scorer, ScorerKind, open_scorer, outline
 
 CHUNK = 1024
 """Rows that are sorted by length together."""
@@ -102,12 +103,48 @@ class ScoreReport(NamedTuple):
     tallies: list[rows.Tally]
 
 
-def run_score(job: ScoreJob) -> ScoreReport:
-    """Reads, scores and publishes. Raises IncompleteError (3) if no row can be scored."""
+def plan_score(job: ScoreJob) -> dict[str, dict[str, int]]:
+    """Of each split the rows, completions and tokens that would be scored. Reads and tokenises, loads no weights."""
+    _folders(job)
+    chat, context, _ = outline(job.model, job.kind)
+    counts, left_out = dict[str, dict[str, int]](), Counter[str]()
+    for split in rows.SPLITS:
+        total = Counter(rows=0, completions=0, tokens=0, too_long=0)
+        for row in rows.read(job.sources, kind="any", split=split, shares=job.shares):
+            one = Data()
+            is_taken = take(one, row, chat, max_length=context, too_long="drop")
+            tokens = one.num_tokens(0) if is_taken else 0
+            total.update(rows=is_taken, completions=one.num_completions, tokens=tokens)
+            total.update(one.left_out)
+            left_out.update(one.left_out)
+        counts[split] = dict(total)
+    if not any(total["rows"] for total in counts.values()):
+        raise _nothing(left_out, context, [])
+    return counts
+
+
+def _folders(job: ScoreJob) -> dict[str, Path]:
+    """Of each part its folder; grades that an earlier call made and this one does not are parts without rows.
+
+    Raises UsageError for a folder with something else in it.
+    """
     folders = {part: job.out / part for part in parts(job.grouping)}
     for folder in folders.values():
         if folder.exists() and any(folder.iterdir()) and not rows.is_export(folder):
             raise UsageError(f"{folder}: not empty, and no dataset that was made here; choose another --out")
+    before = job.out.glob("grade-*") if job.grouping.kind == "graded" else ()
+    return folders | {path.name: path for path in sorted(before) if rows.is_export(path)}
+
+
+def _nothing(left_out: Counter[str], context: int, tallies: Sequence[rows.Tally]) -> IncompleteError:
+    words = {"too_long": f"longer than the model's context of {context} tokens; use a model with more"}
+    lost = [f"{count} {words.get(reason, reason)}" for reason, count in sorted(left_out.items())]
+    return IncompleteError(f"no row to score: {'; '.join([*map(str, tallies), *lost])}")
+
+
+def run_score(job: ScoreJob) -> ScoreReport:
+    """Reads, scores and publishes. Raises IncompleteError (3) if no row can be scored."""
+    folders = _folders(job)
     scorer = open_scorer(job.model, job.kind, device=job.device)
     work = job.out.with_name(f".{job.out.name}.scoring")
     shutil.rmtree(work, ignore_errors=True)
@@ -122,8 +159,7 @@ def run_score(job: ScoreJob) -> ScoreReport:
             for scored in _by_prompt(sorter):
                 summary.add(split, scored)
         if not summary.scores:
-            unread = [f"{reason} {count}" for reason, count in sorted(summary.left_out.items())]
-            raise IncompleteError(f"no row to score: {'; '.join([*map(str, tallies), *unread])}")
+            raise _nothing(summary.left_out, scorer.context, tallies)
         published = _write(job, scorer, waiting, folders, summary)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.lm.adapter import is_adapter
 from pipeline.lm.forward import Group, completion_ends, completion_logps, prepare
-from pipeline.lm.load import load
+from pipeline.lm.load import check_tokenizer, context_of, fingerprint, load, load_config, load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.train.batches import Data, microbatches, take
 from pipeline.train.rows import Row
@@ -63,18 +64,40 @@ def open_scorer(model: str, kind: ScorerKind, *, device: str = "auto") -> Scorer
     """Loads a folder or a hub name. Raises UsageError if a language model is to be a reward model."""
     loaded = load(model, device=device, head="score" if kind == "reward" else "language")
     config = loaded.model.config
+    _check_kind(config, kind, model)
+    check_tokenizer(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings, model)
+    prepare(loaded.model)
+    return Scorer(kind, loaded.model.eval(), Chat(loaded.tokenizer), context_of(config), loaded.fingerprint)
+
+
+class Outline(NamedTuple):
+    """A scorer without its weights. fingerprint: what is known of it without them."""
+
+    chat: Chat
+    context: int
+    fingerprint: dict[str, str]
+
+
+def outline(model: str, kind: ScorerKind) -> Outline:
+    """Refuses what `open_scorer` refuses, as far as configuration and tokenizer tell."""
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    if not is_adapter(model):  # its configuration is that of its base
+        _check_kind(config, kind, model)
+    check_tokenizer(tokenizer, config.get_text_config().vocab_size, model)
+    return Outline(Chat(tokenizer), context_of(config), fingerprint(config, tokenizer, dtype=torch.float32))
+
+
+def _check_kind(config: Any, kind: ScorerKind, model: str) -> None:
     if kind == "reward" and not any("SequenceClassification" in name for name in config.architectures or ()):
         raise UsageError(
-            f"model {model}: no reward model; `cai train-rm` makes one, --policy scores by log-probability"
+            f"model {model}: no reward model but a language model; give one that `cai train-rm` made "
+            "(`cai score --policy` scores with a language model)"
         )
-    prepare(loaded.model)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    return Scorer(kind, loaded.model.eval(), Chat(loaded.tokenizer), context, loaded.fingerprint)
 
 
-def check_tokenizer(score: Score, fingerprint: dict[str, str]) -> None:
-    """Raises UsageError if a reward model reads other tokens than the model with this fingerprint writes."""
-    if score.fingerprint["tokenizer"] != fingerprint["tokenizer"]:
+def check_same_tokenizer(scorer: dict[str, str], trained: dict[str, str]) -> None:
+    """Raises UsageError if the reward model with one fingerprint reads other tokens than the trained one writes."""
+    if scorer["tokenizer"] != trained["tokenizer"]:
         raise UsageError(
             "the reward model has another tokenizer or chat template than the model that is trained; "
             "train one with `cai train-rm --model` from this model"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: phase 1's last step in Bai et al. 2022 (arXiv 2212.08073), and RRHF with one completion.
+"""Supervised fine-tuning: phase 1's last step in Bai et al. 2022 (arXiv 2212.08073).
 
 The loss is the mean negative log-likelihood over all completion tokens of the optimiser's batch. Where a reward model
 is given, it chooses the checkpoint: by its score of the model's own answers to test prompts (Ouyang et al. 2022,
@@ -17,10 +17,12 @@ from pipeline.train.batches import Data
 from pipeline.train.loop import Terms
 from pipeline.train.losses import sft_loss
 from pipeline.train.sampling import make_sampler
-from pipeline.train.scorers import Score, check_tokenizer
+from pipeline.train.scorers import Score, check_same_tokenizer
 from pipeline.train.stage import Extras, Job, Opened, Report, train
 
 REWARD = "eval/reward"
+METRICS = ("logps/completion",)
+"""Of its terms, by name."""
 
 
 class Imitation:
@@ -45,7 +47,7 @@ def train_sft(job: Job, settings: TrainSftSettings, *, score: Score | None = Non
     def make_extras(opened: Opened) -> Extras:
         if score is None or not len(opened.test):
             return Extras()
-        check_tokenizer(score, opened.fingerprint)
+        check_same_tokenizer(score.fingerprint, opened.fingerprint)
         return Extras({REWARD: make_reward(opened, settings, score, num_prompts=settings.num_reward_prompts)})
 
     return train(

@@ -18,18 +18,25 @@ from typing import Any, NamedTuple
 from pipeline.config.settings import SplitSettings, TrainSettings
 from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
+from pipeline.lm.load import (
+    Head,
+    Loaded,
+    check_tokenizer,
+    context_of,
+    load,
+    pick_device,
+    stored_dtype,
+)
 from pipeline.lm.templates import Chat
 from pipeline.records import digest
 from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
 from pipeline.train import ranks, rows
-from pipeline.train.batches import Data, steps_per_epoch, tokenise
+from pipeline.train.batches import Data, tokenise
 from pipeline.train.card import write_card
 from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, Refresher, Task, compute_dtype, fit, silence_dropout
 from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
-from pipeline.train.memory import Memory, advise, measure
 from pipeline.train.shards import fill, shard, skeleton
 from pipeline.train.trackers import TENSORBOARD, check_installed, following
 
@@ -103,13 +110,13 @@ def train(
     other_models: fingerprints of models that take part, by what they do.
     """
     check_installed(job.trackers)
-    divides = ranks.size() > 1 and settings.parallel == "fsdp"
+    divides = ranks.together(lambda: check_divides(settings))
     loaded = ranks.together(lambda: load_start(job, settings, head, divides=divides))
     model = loaded.model
     check_tokenizer(loaded.tokenizer, model.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer)
     data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, context_of(model.config)))
-    counts, digests = _counts(data), {name: each.digest for name, each in data.items()}
+    counts, digests = counts_of(data), {name: each.digest for name, each in data.items()}
     made_with = [job.seed, loaded.fingerprint, *other_models.items(), *digests.values()]
     identity = digest([trainer, settings.model_dump(mode="json", exclude={"parallel"}), *made_with])
     if found := ranks.first(lambda: published(job.out, identity)):
@@ -188,11 +195,17 @@ def followed(job: Job, settings: TrainSettings, folder: Path, identity: str) -> 
         yield watch
 
 
+def check_divides(settings: TrainSettings) -> bool:
+    """Whether the model is divided over several processes. Raises UsageError where it cannot be."""
+    divides = ranks.size() > 1 and settings.parallel == "fsdp"
+    if divides and settings.lora and settings.lora.quantize:
+        raise UsageError("parallel: fsdp cannot divide weights of 4 bits; use parallel: ddp, or no lora.quantize")
+    return divides
+
+
 def load_start(job: Job, settings: TrainSettings, head: Head, *, divides: bool = False) -> Loaded:
     """The start: in fp32 if all of it is trained, frozen weights also as they are stored. divides: by FSDP, later."""
     lora = settings.lora
-    if divides and lora and lora.quantize:
-        raise UsageError("parallel: fsdp cannot divide weights of 4 bits; use parallel: ddp, or no lora.quantize")
     dtype = "float32"
     if lora and not divides and settings.precision != "float32":
         dtype = "auto"
@@ -207,27 +220,7 @@ def load_start(job: Job, settings: TrainSettings, head: Head, *, divides: bool =
     )
 
 
-class Plan(NamedTuple):
-    """What a training would do. advice: what would fit into memory, '' if this does."""
-
-    counts: dict[str, Any]
-    steps: int
-    memory: Memory
-    advice: str
-
-
-def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
-    """Reads and tokenises, and loads no weights."""
-    config, tokenizer = load_config(job.start), load_tokenizer(job.start)
-    check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
-    data, _ = read_data(job, settings, kind, Chat(tokenizer), context_of(config))
-    steps = steps_per_epoch(len(data["train"]), settings.batch_size) * settings.epochs
-    need = (job.start, data["train"], settings, job.device, head)
-    memory = measure(*need)
-    return Plan(_counts(data), steps, memory, advise(memory, *need))
-
-
-def _counts(data: dict[str, Data]) -> dict[str, Any]:
+def counts_of(data: dict[str, Data]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, each in data.items():
         compared = {"comparisons": each.num_comparisons} if each.num_comparisons else {}
@@ -242,6 +235,7 @@ def read_data(
     """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_read` if they are refused."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
+    cure = _cure(settings, max_length < context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
         own: list[rows.Tally] = []
@@ -252,16 +246,20 @@ def read_data(
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
             job.say(
-                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; "
-                "set max_length, or too_long: cut"
+                f"{split}: {lost} rows longer than {max_length} tokens left out, the longest {id} with {length}; {cure}"
             )
     if not len(data["train"]):
         id, length = data["train"].longest
-        raise UsageError(
-            f"all rows are longer than {max_length} tokens, the longest {id} with {length}; "
-            "set max_length, or too_long: cut"
-        )
+        raise UsageError(f"all rows are longer than {max_length} tokens, the longest {id} with {length}; {cure}")
     return data, tallies
+
+
+def _cure(settings: TrainSettings, could_be_longer: bool) -> str:
+    """What helps against rows that are too long; a cut never touches an answer."""
+    longer = "set max_length higher" if could_be_longer else "take a model with more context"
+    if settings.too_long == "drop":
+        return f"{longer}, or set too_long: cut"
+    return f"their answers alone leave a prompt no room: {longer}, or shorten them"
 
 
 def tell_read(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Tally]) -> None:
@@ -366,17 +364,6 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def check_tokenizer(tokenizer: Any, num_embeddings: int, name: str) -> None:
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"model {name}: no chat template; give a chat model, or put a chat_template.jinja in its folder"
-        )
-    if len(tokenizer) > num_embeddings:
-        raise UsageError(
-            f"model {name}: {len(tokenizer)} tokens, but {num_embeddings} embeddings; give its own tokenizer"
-        )
-
-
 def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
     """A padding token that is no end of turn: transformers reads the score at the last token that is no padding."""
     names = ("pad_token", "unk_token", "bos_token")
@@ -384,7 +371,3 @@ def _keep_pad_apart(model: Any, tokenizer: Any) -> None:
     if found:
         tokenizer.pad_token = getattr(tokenizer, found[0])
         model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def context_of(config: Any) -> int:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20

@@ -9,7 +9,8 @@ import pytest
 
 from tests.support import environment
 
-BUILD, MEASURE, BEHAVIOUR = "pipeline.nano.build", "pipeline.nano.measure", "pipeline.evaluate.behaviour"
+BUILD, EXAMPLES, MEASURE = "pipeline.nano.build", "pipeline.nano.examples", "pipeline.nano.measure"
+BEHAVIOUR, HELD_OUT = "pipeline.evaluate.behaviour", "pipeline.evaluate.held_out"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,10 @@ BUILD, MEASURE, BEHAVIOUR = "pipeline.nano.build", "pipeline.nano.measure", "pip
         ([MEASURE, "broken"], "cai: broken: cannot be loaded ("),
         ([BEHAVIOUR], "the following arguments are required: run; see `python -m pipeline.evaluate.behaviour --help`"),
         ([BEHAVIOUR, "gone"], "cai: gone: no run here"),
+        ([HELD_OUT, "gone"], "cai: gone: no models/sft; `cai run` or `cai train-sft` makes it"),
+        ([HELD_OUT, "gone", "--cases", "0"], "argument --cases: '0' is no whole number from 1"),
+        ([EXAMPLES, "--num", "0"], "argument --num: '0' is no whole number from 1"),
+        ([EXAMPLES, "--out", "gone/file"], "cai: gone/file: No such file or directory; choose a folder"),
         (["pipeline.engines.scripted", "--port", "x"], "argument --port: invalid int value: 'x'"),
     ],
 )

@@ -94,21 +94,41 @@ def test_a_malformed_config_is_refused_before_anything_is_written(cai: Command, 
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("options", "says"),
     [
         ([], "engine.model: no model given"),
-        (["--model", "./gone"], "model ./gone: no such folder"),
+        (["--model", "./gone"], "model ./gone: no such folder; check engine.model"),
         (["--model", "empty"], "model empty: the folder holds no config.json"),
-        (["--model", "nano", "--set", 'judge={"model": "./gone"}'], "model ./gone: no such folder"),
+        (["--model", "nano", "--set", 'judge={"model": "./gone"}'], "model ./gone: no such folder; check judge.model"),
+        (["--model", "m", "--endpoint", "foo"], "'foo' is no http(s) address"),
+        (["--set", "engine.script=gone.yaml"], "gone.yaml: [Errno 2] No such file"),
+        (["--model", "nano", "--set", "engine.device=warp"], "engine.device: warp is not available here"),
+        (["--model", "nano", "--set", "engine.adapter=lora"], "engine.adapter: the transformers backend does not"),
+        (["--model", "nano", "--set", "judge.adapter=lora"], "judge.adapter: the transformers backend does not"),
+        (["--model", "nano", "--set", "critic=[{dtype: float32}, {script: s}]"], "critic[1].script: the transformers"),
+        (["--model", "nano", "--run", "UP CASE"], "'UP CASE' is no run name"),
     ],
 )
-def test_a_model_that_cannot_be_there_is_refused_before_prompts_are_brought_in(
-    cai: Command, model: list[str], says: str
+def test_what_cannot_work_is_refused_before_prompts_are_brought_in_and_by_a_dry_run(
+    cai: Command, options: list[str], says: str
 ) -> None:
     (cai.folder / "empty").mkdir()
+    call = ["run", "--run", "r", "--prompts", write_prompts(cai.folder / "p.jsonl", 2), *options]
+    assert says in refusal(cai(*call))
+    assert says in refusal(cai(*call, "--dry-run"))
+    assert sorted(os.listdir(cai.folder)) == ["empty", "p.jsonl"]
+
+
+def test_a_stage_by_itself_refuses_what_cannot_work_too(cai: Command) -> None:
     prompts = write_prompts(cai.folder / "p.jsonl", 2)
-    assert says in refusal(cai("run", "--run", "r", "--prompts", prompts, *model))
-    assert not (cai.folder / "r").exists()
+    for dry in ([], ["--dry-run"]):
+        assert "UP" in refusal(cai("generate", "--run", "UP", "--prompts", prompts, *SCRIPTED, *dry))
+        assert "no such folder" in refusal(cai("generate", "--run", "r", "--prompts", prompts, "--model", "./no", *dry))
+    assert os.listdir(cai.folder) == ["p.jsonl"]
+    assert cai("generate", "--run", "r", "--prompts", prompts, *SCRIPTED).returncode == 0
+    before = published(cai.folder / "r")
+    assert "judge.device: the scripted backend" in refusal(cai("rank", "--run", "r", "--set", "judge.device=cpu"))
+    assert published(cai.folder / "r") == before
 
 
 def test_an_unknown_model_stops_the_run_at_once(cai: Command, serve: Serve) -> None:

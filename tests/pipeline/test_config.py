@@ -105,12 +105,31 @@ def test_a_mistake_is_reported_at_its_place_with_a_cure(config: str, message: st
 
 
 def test_a_mistake_in_an_assignment_names_the_assignment() -> None:
-    with pytest.raises(UsageError, match=r"--set rank\.ordr: unknown key 'rank.ordr'; did you mean 'order'"):
-        read("rank.ordr=single")
     with pytest.raises(UsageError, match=r"--set rank: not section\.key=value"):
         read("rank")
     with pytest.raises(UsageError, match="the value is not YAML"):
         read("rank.order=[")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("rank.ordr=single", "--set rank.ordr: unknown key; did you mean 'order'?"),
+        ("rank={ordr: single}", "--set rank: unknown key 'rank.ordr'; did you mean 'order'?"),
+        ("generate.samples=0", "--set generate.samples: input should be greater than or equal to 1, not 0"),
+        ("engine.base_urls=http://a/v1", "--set engine.base_urls: write a list, such as [ONE, TWO]"),
+        ("recipe.trainers=ppo", "--set recipe.trainers: write a list, such as [ONE, TWO]"),
+        ("engine.base_urls=[foo]", "--set engine.base_urls: 'foo' is no http(s) address; write it like http://"),
+        ("judge.base_urls=[foo]", "--set judge.base_urls: 'foo' is no http(s) address; write it like http://"),
+        ("engine.base_urls=[http://me:pw@h]", "--set engine.base_urls: no password belongs into an address"),
+        ("export.split.sft=0.9", "--set export.split.sft: export.split: the shares add up to 1.4"),
+    ],
+)
+def test_a_mistake_in_an_assignment_names_it_once_whatever_else_the_file_says(assignment: str, message: str) -> None:
+    config = "run: {seed: 1}\nengine:\n  model: m\nexport:\n  split: {sft: 0.5, preference: 0.4, test: 0.1}\n"
+    with pytest.raises(UsageError) as caught:
+        read(assignment, config=config)
+    assert str(caught.value).startswith(message)
 
 
 def test_values_of_assignments_are_yaml() -> None:

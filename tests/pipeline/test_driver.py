@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,30 @@ def test_requests_carry_the_records_place_as_their_priority(tmp_path: Path) -> N
     asked = [int(request.prompt[0]["content"][1:-1]) for request in engine.requests]
     assert sorted(asked) == list(range(9))
     assert engine.priorities == asked
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_all_requests_of_a_record_have_one_priority_that_no_other_has_also_after_a_stop(
+    phase: int, tmp_path: Path
+) -> None:
+    def fail(request: Request) -> str:
+        if request.kind == "comparison" and "Q7" in str(request.prompt):
+            raise EngineDown("gone")
+        return "x"
+
+    run, engines = with_prompts(tmp_path, 12, 5).of_phase(phase), (Told(fail), Told(lambda request: "x"))
+    taken = [number for number in range(12) if phase == 1 or number % 3]
+    for engine in engines:
+        stages = ("generate", asking(engine)), ("rank", asking(engine, "comparison"))
+        driver = driver_of(run, *stages, takes=lambda prompt: int(prompt["id"][1:]) in taken)
+        with pytest.raises(EngineDown) if engine.say is fail else nullcontext():
+            asyncio.run(driver.run())
+    found: dict[int, set[int]] = {}
+    for engine in engines:
+        assert engine.kinds()["comparison"] > 0
+        for request, priority in zip(engine.requests, engine.priorities, strict=True):
+            found.setdefault(int(request.prompt[0]["content"][1:-1]), set()).add(priority)
+    assert found == {number: {number} for number in taken}
 
 
 @pytest.mark.parametrize("shard_size", [1, 3, 50])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from constitution.principles import Constitution
+from pipeline import jobs
 from pipeline.chain import DATA_STAGES
+from pipeline.cli.training import KINDS
 from pipeline.config.settings import Settings
-from pipeline.estimate import Call, Measured, estimate
-from tests.support import Command, Server, write_prompts
+from pipeline.estimate import Call, Measured, estimate, num_steps
+from pipeline.train import rows
+from tests.support import Command, Server, play, write_prompts
 
 Serve = Callable[..., Server]
 
@@ -133,3 +136,87 @@ def test_every_kind_costs_the_price_of_whom_it_is_asked_of() -> None:
     assert cost(critic=[{"price_out": 7}, {}]) == pytest.approx(0.01 * 3.5)
     # The judge and, without critics, the authors: 1 to 1 of two models.
     assert cost(generate={"models": [{"price_in": 4}, {}]}) == pytest.approx(3 * 0.1 * 2)
+
+
+TRAININGS = {f"train_{name}": {"batch_size": 4, "epochs": 3} for name in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("of", "pairs", "candidates"),
+    [
+        ("both", "best-worst", "ends"),
+        ("both", "all", "ends"),
+        ("both", "all", "all"),
+        ("both", "revision-draft", "ends"),
+        ("samples", "all", "ends"),
+        ("revisions", "all", "ends"),
+    ],
+)
+def test_no_training_takes_more_steps_than_a_dry_run_tells(
+    of: str, pairs: str, candidates: str, tmp_path: Path
+) -> None:
+    """Every third prompt brings two answers along."""
+    given = [{"completions": [f"One {n}.", f"Two {n}."]} if n % 3 == 0 else {} for n in range(24)]
+    lines = [json.dumps({"prompt": f"Question {n}?", **answers}) + "\n" for n, answers in enumerate(given)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    tree: dict[str, Any] = {
+        "engine": {"backend": "scripted"},
+        "prompts": {"sources": [{"path": str(tmp_path / "p.jsonl")}]},
+        "rank": {"candidates": candidates},
+        "export": {"pairs": pairs, "sft": "all"},
+        "recipe": {"pairs": of},
+        **TRAININGS,
+    }
+    run = tmp_path / "r"
+    told = jobs.estimate_trainings(run, Settings.model_validate(tree), tuple(KINDS), None)
+    play(run, tree)
+    play(run, tree, ("generate",), phase=2, export=False)
+    play(run, tree, ("rank",), phase=2)
+    for trainer, kind in KINDS.items():
+        found = sum(1 for _ in rows.read([rows.Source(str(run))], kind=kind, split="train"))
+        assert 0 < 3 * -(-found // 4) <= told[trainer], trainer
+    assert jobs.estimate_trainings(run, Settings.model_validate({**tree, "prompts": {}}), tuple(KINDS), None) == told
+
+
+PROMPTS = {("sft", 0): 10, ("preference", 0): 10, ("test", 0): 5}
+
+
+@pytest.mark.parametrize(
+    ("sections", "prompts", "expected"),
+    [
+        ({}, PROMPTS, {"sft": 10, "rm": 10, "dpo": 10, "rrhf": 10, "ppo": 20}),
+        ({"recipe": {"pairs": "both"}}, PROMPTS, {"sft": 10, "rm": 10, "dpo": 10 + 10, "rrhf": 20 + 10}),
+        # Two drafts and two ends of chains make 6 pairs, with all of two rounds' revisions 15; two samples make one.
+        ({"recipe": {"pairs": "revisions"}, "export": {"pairs": "all"}}, PROMPTS, {"dpo": 10 * 6, "rrhf": 20}),
+        ({"recipe": {"pairs": "both"}, "export": {"pairs": "all"}}, PROMPTS, {"rm": 10, "dpo": 10 * (6 + 1)}),
+        (
+            {"recipe": {"pairs": "both"}, "export": {"pairs": "all"}, "rank": {"candidates": "all"}},
+            PROMPTS,
+            {"dpo": 10 * (15 + 1)},
+        ),
+        # Of a draft and a revision of each of two models, with a given answer: 5 candidates, 10 pairs; and one sample.
+        (
+            {
+                "recipe": {"pairs": "both"},
+                "generate": {"samples": 1, "models": [{"model": "a"}, {"model": "b"}]},
+                "export": {"pairs": "all", "sft": "all", "helpful": {"path": "h.jsonl", "share": 0.2}},
+            },
+            {("sft", 0): 10, ("preference", 1): 10},
+            {"dpo": 10 * 10, "sft": 10 * 2 * 2 + 10},
+        ),
+        ({"recipe": {"pairs": "both"}, "export": {"pairs": "revision-draft"}}, PROMPTS, {"dpo": 10 * (2 + 1)}),
+        # Eight on a ring meet at the distances 1, 2 and 4, and the best meets the worst.
+        ({"generate": {"samples": 8}, "export": {"pairs": "all"}}, PROMPTS, {"dpo": 10 * (8 + 8 + 4 + 1)}),
+        (
+            {"generate": {"samples": 8}, "export": {"pairs": "all"}, "rank": {"mode": "graded"}},
+            PROMPTS,
+            {"dpo": 10},
+        ),
+    ],
+)
+def test_the_most_steps_are_those_of_every_row_that_the_prompts_may_give(
+    sections: dict[str, Any], prompts: Mapping[tuple[str, int], int], expected: dict[str, int]
+) -> None:
+    one = {name: {"batch_size": 1, "epochs": 1} for name in TRAININGS}
+    settings = Settings.model_validate({**sections, **one})
+    assert {trainer: num_steps(settings, trainer, prompts) for trainer in expected} == expected

@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "pipeline").rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(("errors", "records", "config", "store", "sources", "conversations"), 0),
     **dict.fromkeys(("splits", "dataset_folder", "dataset_writer", "intervals", "worddiff", "calllog"), 0),
-    **dict.fromkeys(("rates", "arguments"), 0),
+    **dict.fromkeys(("rates", "arguments", "hub"), 0),
     **dict.fromkeys(("engines.base", "journal", "lm", "lock"), 1),
     **dict.fromkeys(("engines", "driver"), 2),
     **dict.fromkeys(("stages", "train", "evaluate", "nano", "estimate", "reading"), 3),

@@ -263,7 +263,7 @@ def test_a_journal_line_is_json_with_its_crc_first(tmp_path: Path) -> None:
     assert line["reply"] == {"text": "answer 0", "finish_reason": "stop", "usage": [0, 2, 0]}
 
 
-def test_the_load_is_what_runs_and_what_waits_by_each_engines_concurrency(tmp_path: Path) -> None:
+def test_the_load_is_what_engines_work_on_and_what_waits_for_them(tmp_path: Path) -> None:
     loads: list[tuple[int, int]] = []
     journal = Journal(tmp_path)
 

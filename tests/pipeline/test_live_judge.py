@@ -11,6 +11,7 @@ import torch
 from constitution.principles import Constitution, default_path
 from pipeline import nano
 from pipeline.config.settings import Settings
+from pipeline.engines.base import Reply, Request
 from pipeline.errors import IncompleteError, StoppedError
 from pipeline.live_judge import live_judge
 from pipeline.nano import world
@@ -31,11 +32,11 @@ rules:
 """
 
 
-def rollouts_of(texts: list[str]) -> Rollouts:
-    """Only what a score may look at."""
+def rollouts_of(texts: list[str], id: str = "a") -> Rollouts:
+    """Only what a score may look at. id: of the prompt that they all answer."""
     conversation = [{"role": "user", "content": ASKED}]
     data, nothing = Data(), torch.zeros(len(texts), 1)
-    data.add(Row("a", conversation, tuple(texts), 1.0, (), "policy"), [1], [[1]] * len(texts))
+    data.add(Row(id, conversation, tuple(texts), 1.0, (), "policy"), [1], [[1]] * len(texts))
     ended = nothing[:, 0] == 0
     return Rollouts(data, [conversation], texts, ended, nothing == 0, nothing, nothing, nothing, nothing)
 
@@ -102,3 +103,23 @@ def test_what_the_call_spent_before_counts_for_its_budgets(budget: str, tmp_path
         with pytest.raises(StoppedError, match=f"stopped at run.{budget}; the same command"):
             source.score(rollouts_of([f"Answer {n}" for n in range(9)]))
         assert judge.journal.asked == 2  # the window; seven were never sent
+
+
+def test_all_that_is_asked_about_a_prompt_has_one_priority_in_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one of several endpoints gets it, and another one the next prompt."""
+    priorities: list[int] = []
+    settings = Settings.model_validate({"engine": {"backend": "scripted"}, "rank": {"principles": 3}})
+    constitution = Constitution.load(default_path())
+    with live_judge(settings, constitution, "", "graded", folder=tmp_path / "journal") as (judge, source):
+        answer = judge.voice.engine.ask
+
+        async def noted(request: Request, priority: int = 0) -> Reply:
+            priorities.append(priority)
+            return await answer(request, priority)
+
+        monkeypatch.setattr(judge.voice.engine, "ask", noted)
+        for id, texts in (("a", ["One.", "Two."]), ("b", ["Three."]), ("a", ["Four."])):
+            source.score(rollouts_of(texts, id))
+    assert priorities == [0] * 2 * 3 + [1] * 3 + [0] * 3

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from constitution.principles import Constitution
+from pipeline import checks
 from pipeline.chain import prepare
 from pipeline.config.settings import Settings
-from pipeline.errors import EngineRefused
+from pipeline.errors import EngineRefused, ResourceError
 from pipeline.jobs import Job
 from pipeline.store import RunFolder
 from tests.pipeline.lm.tiny import CHATML, tiny_llama, tiny_tokenizer
@@ -55,6 +56,25 @@ def test_a_context_that_leaves_no_room_for_replies_is_said(cai: Command) -> None
     assert "nano: requests: tokens: draft 47; 73 of 96 tokens are left for a reply to the longest" in done.stderr
     done = cai("generate", "-r", "r", *options, "--set", "generate.max_tokens=60")
     assert "nano: requests" not in done.stderr
+
+
+def test_a_context_without_any_room_ends_the_run_before_anything_is_asked(cai: Command) -> None:
+    prompts = write_prompts(cai.folder / "p.jsonl", 1)
+    done = cai("run", "-r", "r", "--model", "nano", "--prompts", prompts, "--set", "engine.context=10")
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("cai: nano: requests: tokens: draft 47, ")
+    assert said.endswith("none of a context of 10 is left for a reply; raise engine.context, or take another model")
+    assert not list((cai.folder / "r" / "journal").glob("*"))
+
+
+def test_a_disk_without_room_ends_the_run_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "TOO_FEW_BYTES", 1 << 62)
+    monkeypatch.setattr(checks, "FEW_BYTES", 1 << 62)
+    with pytest.raises(ResourceError, match=r"disk: .* GiB free; free some room"):
+        list(checks.preflight(tmp_path, [], Constitution.default(), ()))
 
 
 def test_the_look_at_the_start_sends_nothing(cai: Command, serve: Callable[..., Server]) -> None:

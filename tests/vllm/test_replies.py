@@ -247,6 +247,17 @@ def test_a_model_that_slept_wakes_up_to_be_shared_by_adapters(local: Asked, tmp_
         assert [reply.text for reply in replies] == [reply.text for reply in before]
 
 
+def test_records_tell_a_model_with_an_adapter_from_the_model_alone(runner: asyncio.Runner, tmp_path: Path) -> None:
+    """Trainers put theirs in `models/NAME/adapter`, which says nothing but NAME."""
+    trained, _ = write_adapter(tmp_path / "sft", 1)
+    own = shutil.copytree(trained, tmp_path / "polite")
+    folders = (None, str(trained), str(own))
+    engines = [VllmEngine(str(nano.path()), name="nano", adapter=folder) for folder in folders]
+    assert [engine.name for engine in engines] == ["nano", "nano+sft", "nano+polite"]
+    for engine in engines:
+        runner.run(engine.close())
+
+
 def write_adapter(folder: Path, seed: int, rank: int = 4, alpha: int = 8) -> tuple[Path, Path]:
     """A random LoRA adapter for the embedded model, as peft lays it out, and the model with it in its weights."""
     adapter, merged = folder / "adapter", folder / "merged"

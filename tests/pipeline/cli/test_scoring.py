@@ -53,12 +53,22 @@ def test_the_summary_is_printed(cai: Command, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "scored: train 24, test 6 rows; version v0001"
 
 
+def test_a_dry_run_reads_and_writes_nothing(cai: Command, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    done = cai("score", "--data", "rows.jsonl", "--policy", "nano", "--out", "scored", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [report["counts"]["score"][split]["rows"] for split in ("train", "test")] == [24, 6]
+    assert report["run"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--policy", "nano", "--reward-model", "rm"], "give one of them"),
         (["--policy", "nano", "--out", "scored"], "--out without --data"),
-        (["--data", "rows.jsonl", "--out", "scored"], "no models/rm"),
+        (["--data", "rows.jsonl", "--out", "scored"], "or give --reward-model or --policy"),
         (["--data", "rows.jsonl", "--policy", "nano", "--group", "best", "--out", "scored"], "use best-of-n"),
         (["--policy", "nano"], "no run here"),
     ],

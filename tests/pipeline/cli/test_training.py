@@ -25,7 +25,7 @@ def test_a_model_is_trained_on_a_file(cai: Command, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["counts"]["train-sft"]["train"]["rows"] == 24
-    assert report["outputs"]["model"] == "models/sft"
+    assert (report["run"], report["outputs"]["model"]) == (None, "models/sft")
     AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "sft")
     assert len(metrics(tmp_path / "models" / "sft")) == 3
 
@@ -86,8 +86,18 @@ def test_bad_input_is_told_in_one_line(cai: Command, tmp_path: Path) -> None:
     assert (small.returncode, "388 tokens, but 300 embeddings" in small.stderr) == (2, True)
     no_data = cai("train-sft", "--model", "nano", "--out", "sft")
     assert (no_data.returncode, "--data" in no_data.stderr) == (2, True)
+    named = cai("train-sft", "--model", "nano", "--data", "good.jsonl", "--out", "sft", "--name", "mine")
+    assert (named.returncode, "--name beside --out" in named.stderr) == (2, True)
     no_run = cai("train-dpo", "--model", "nano")
     assert (no_run.returncode, "no run here" in no_run.stderr) == (2, True)
+
+
+def test_a_dry_run_refuses_a_training_that_lacks_its_reward_model(cai: Command, tmp_path: Path) -> None:
+    call = [*options(tmp_path), "--out", "rrhf", "--dry-run"]
+    lacking = cai("train-rrhf", *call, "--resample-every", "2")
+    assert (lacking.returncode, "or give --reward-model\n" in lacking.stderr) == (2, True), lacking.stderr
+    nowhere = cai("train-rrhf", *call, "--reward-model", "./nowhere")
+    assert (nowhere.returncode, "no such folder; check its name" in nowhere.stderr) == (2, True), nowhere.stderr
 
 
 def ppo_options(folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ import torch
 
 from pipeline import nano
 from pipeline.config.settings import EngineSettings
-from pipeline.engines import open_engine, resolve_backend
+from pipeline.engines import open_engine
+from pipeline.engines.backends import _ALWAYS, READS, only_read, resolve_backend
 from pipeline.engines.vllm import VllmEngine
 from pipeline.errors import EngineRefused
 
@@ -43,16 +44,33 @@ def test_a_missing_vllm_is_refused_with_the_command_that_installs_it(monkeypatch
     [
         (
             {"backend": "vllm", "deterministic": True},
-            "engine.deterministic: vllm cannot promise it; use",
+            "engine.deterministic: the vllm backend does not read it; set engine.backend to transformers, or "
+            "deterministic to false",
         ),
-        ({"backend": "vllm", "device": "cuda:1"}, "engine.device: vllm takes the visible GPUs"),
-        ({"backend": "transformers", "adapter": "lora"}, "engine.adapter: the transformers backend has none"),
-        ({"backend": "transformers", "quantization": "fp8"}, "engine.quantization: the transformers backend has none"),
-        ({"backend": "server", "adapter": "lora"}, "engine.adapter: the server backend has none"),
+        ({"backend": "vllm", "device": "cuda:1"}, "engine.device: the vllm backend does not read it"),
+        ({"backend": "transformers", "adapter": "lora"}, "engine.adapter: the transformers backend does not read it"),
+        (
+            {"backend": "transformers", "quantization": "fp8"},
+            "engine.quantization: the transformers backend does not read it; set engine.backend to vllm, or "
+            "quantization to null",
+        ),
+        ({"backend": "transformers", "tensor_parallel": 8}, "engine.tensor_parallel: the transformers backend does"),
+        ({"backend": "transformers", "script": "s.yaml"}, "engine.script: the transformers backend does not read it"),
+        ({"backend": "server", "adapter": "lora"}, "engine.adapter: the server backend does not read it"),
+        ({"backend": "server", "dtype": "float16"}, "engine.dtype: the server backend does not read it"),
+        ({"backend": "server", "data_parallel": 4}, "engine.data_parallel: the server backend does not read it"),
+        ({"backend": "scripted", "context": 99}, "engine.context: the scripted backend does not read it"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused_with_the_way_out(settings: dict[str, Any], said: str) -> None:
     assert refusal(model=str(nano.path()), **settings).startswith(said)
+
+
+@pytest.mark.parametrize("backend", READS)
+def test_every_key_is_read_by_some_backend_and_no_default_is_refused(backend: str) -> None:
+    assert set().union(*READS.values()) | _ALWAYS == set(EngineSettings.model_fields)
+    defaults = EngineSettings(backend=backend, model="nano", base_urls=("http://127.0.0.1:9/v1",))  # type: ignore[arg-type]
+    assert only_read(defaults) == defaults
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

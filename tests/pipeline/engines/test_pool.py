@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -78,18 +79,21 @@ async def until_received(node: Node, number: int) -> None:
         await asyncio.sleep(0.002)
 
 
-def question(chain: int, said: tuple[str, ...] = ()) -> Request:
-    turns = [{"role": "user", "content": f"question {chain}"}]
+def question(chain: int, said: tuple[str, ...] = (), form: str = "chat") -> Request:
+    """form: chat; alike: a chat that begins as all others do; few-shot: text behind examples that all share."""
+    begin = {"chat": "", "alike": "Read this. " * 50, "few-shot": "An example.\n" * 50}[form]
+    turns = [{"role": "user", "content": f"{begin}question {chain}"}]
     for reply in said:
         turns += [{"role": "assistant", "content": reply}, {"role": "user", "content": "And then?"}]
-    return Request(turns, "draft", max_tokens=96, temperature=1.0, seed=7)
+    prompt = "\n".join(turn["content"] for turn in turns) if form == "few-shot" else turns
+    return Request(prompt, "draft", max_tokens=96, temperature=1.0, seed=7)
 
 
-async def converse(engine: Any, chain: int) -> tuple[str, ...]:
+async def converse(engine: Any, chain: int, form: str = "chat") -> tuple[str, ...]:
     """What is said in a chain of turns, each request an extension of the last one."""
     said: tuple[str, ...] = ()
     for _ in range(TURNS):
-        said = (*said, (await engine.ask(question(chain, said), priority=chain)).text)
+        said = (*said, (await engine.ask(question(chain, said, form), priority=chain)).text)
     return said
 
 
@@ -103,7 +107,9 @@ async def count_idle(engine: ServerEngine, seen: Counter[str]) -> None:
         await asyncio.sleep(0)
 
 
-def converse_all(nodes: list[Node], during: Callable[[], Awaitable[None]] | None = None) -> list[tuple[str, ...]]:
+def converse_all(
+    nodes: list[Node], during: Callable[[], Awaitable[None]] | None = None, form: str = "chat"
+) -> list[tuple[str, ...]]:
     """All chains at once, so that requests queue until the last ones; `during` runs beside them.
 
     At no step of the event loop may an endpoint have a place that is free while a request waits.
@@ -115,7 +121,7 @@ def converse_all(nodes: list[Node], during: Callable[[], Awaitable[None]] | None
             await engine.start()
             counting = asyncio.ensure_future(count_idle(engine, seen))
             beside = asyncio.ensure_future(during()) if during else None
-            said = await asyncio.gather(*(converse(engine, chain) for chain in range(CHAINS)))
+            said = await asyncio.gather(*(converse(engine, chain, form) for chain in range(CHAINS)))
             if beside:
                 await beside
             counting.cancel()
@@ -127,9 +133,9 @@ def converse_all(nodes: list[Node], during: Callable[[], Awaitable[None]] | None
     return said
 
 
-def expected() -> list[tuple[str, ...]]:
+def expected(form: str = "chat") -> list[tuple[str, ...]]:
     async def act() -> list[tuple[str, ...]]:
-        return await asyncio.gather(*(converse(ScriptedEngine(), chain) for chain in range(CHAINS)))
+        return await asyncio.gather(*(converse(ScriptedEngine(), chain, form) for chain in range(CHAINS)))
 
     return asyncio.run(act())
 
@@ -159,18 +165,41 @@ def is_kept_busy(events: list[dict[str, Any]], node: str) -> bool:
     return longest <= places
 
 
-def test_two_healthy_endpoints_get_each_request_once_and_chains_stay_where_they_began(tmp_path: Path) -> None:
+def chain_of(event: dict[str, Any]) -> str:
+    return re.findall(r"question \d+", json.dumps(event["body"]))[0]
+
+
+@pytest.mark.parametrize("form", ["chat", "alike", "few-shot"])
+def test_two_healthy_endpoints_get_each_request_once_and_chains_stay_where_they_began(
+    form: str, tmp_path: Path
+) -> None:
     nodes = [Node(Script(latency_s=(0.01, 0.03)), tmp_path / f"{name}.jsonl") for name in "ab"]
-    assert converse_all(nodes) == expected()
+    assert converse_all(nodes, form=form) == expected(form)
     events = history(nodes)
     received = [event for event in events if event["event"] == "received"]
     assert len(received) == CHAINS * TURNS
     assert all(is_kept_busy(events, name) for name in "ab")
     homes: dict[str, list[str]] = {}
     for event in received:
-        homes.setdefault(event["body"]["messages"][0]["content"], []).append(event["node"])
+        homes.setdefault(chain_of(event), []).append(event["node"])
+    assert len(homes) == CHAINS
     moves = sum(a != b for nodes_of in homes.values() for a, b in pairwise(nodes_of))
     assert moves < 0.1 * CHAINS * (TURNS - 1)
+
+
+@pytest.mark.parametrize("form", ["alike", "few-shot"])
+def test_chains_that_begin_alike_spread_where_one_endpoint_had_room_for_all(form: str, tmp_path: Path) -> None:
+    nodes = [Node(Script(latency_s=(0.01, 0.03)), tmp_path / f"{name}.jsonl") for name in "ab"]
+
+    async def act() -> None:
+        async with pool(nodes) as engine:
+            for first in range(0, 5 * PLACES, PLACES):
+                await asyncio.gather(*(converse(engine, first + n, form) for n in range(PLACES)))
+
+    asyncio.run(act())
+    received = [[chain_of(event) for event in node.events() if event["event"] == "received"] for node in nodes]
+    assert [len(chains) for chains in received] == [5 * PLACES * TURNS // 2] * 2
+    assert not set(received[0]) & set(received[1])
 
 
 def test_four_endpoints_one_slow_and_none_failing_get_each_request_once_and_none_is_idle(tmp_path: Path) -> None:
@@ -285,7 +314,7 @@ def test_a_busy_endpoint_rests_as_long_as_it_asks_and_others_take_its_requests(t
     async def act() -> None:
         async with pool(nodes, concurrency=1) as engine:
             for number in range(20):
-                await engine.ask(chat(f"{number}"))
+                await engine.ask(chat(f"{number}"), priority=number)
 
     asyncio.run(act())
     times = [event["t"] for event in nodes[0].events() if event["event"] == "received"]

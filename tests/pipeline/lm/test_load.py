@@ -78,7 +78,7 @@ def test_weights_are_hashed_by_name_and_content(tmp_path: Path) -> None:
 def test_an_unknown_model_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("no-such-owner/no-such-model", str(tmp_path / "absent")):
-        with pytest.raises(EngineRefused, match=r"check engine\.model") as caught:
+        with pytest.raises(EngineRefused, match=r"check its name") as caught:
             load(name)
         assert "\n" not in str(caught.value)
         assert caught.value.exit_code == 2

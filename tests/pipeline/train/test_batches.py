@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from pipeline.errors import EngineRefused
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train.batches import Data, batch_at, microbatches, steps_per_epoch, tokenise
 from pipeline.train.rows import Row
-from tests.pipeline.lm.tiny import tiny_tokenizer
+from tests.pipeline.lm.tiny import CHATML, tiny_tokenizer
 
 
 def row(prompt: str, *completions: str, id: str = "r", probability: float = 1.0, scores: tuple = ()) -> Row:
@@ -55,6 +56,18 @@ def test_no_beginning_token_stands_twice() -> None:
     assert group.prompt.tolist().count(1) == 1
     assert group.completions[0].tolist().count(1) == 0
     assert group.completions[0].tolist()[-1] == 2  # the tokenizer's own end, where the template has none
+
+
+def test_a_beginning_token_that_the_tokenizer_adds_by_itself_stands_once_and_in_no_completion() -> None:
+    """The template writes it, and such a tokenizer puts another one before every text that it is given."""
+    tokenizer = tiny_tokenizer(template="<|im_start|>" + CHATML.replace("<|im_start|>", ""))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenizer("Yes")["input_ids"][0] == 1
+    group = make(Chat(tokenizer), row("Hello", "Yes", "No")).group(0)
+    assert group.prompt.tolist().count(1) == 1
+    assert [completion.tolist().count(1) for completion in group.completions] == [0, 0]
 
 
 def test_a_control_token_in_a_completion_stays_text(chat: Chat) -> None:

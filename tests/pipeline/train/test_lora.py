@@ -21,6 +21,7 @@ from pipeline.lm.load import load
 from pipeline.lm.packed import PACKED
 from pipeline.lm.templates import Chat
 from pipeline.train.batches import Data, tokenise
+from pipeline.train.loop import silence_dropout
 from pipeline.train.lora import adapters_off, attach
 from pipeline.train.reference import compute_logps
 from pipeline.train.rows import Source, read
@@ -112,6 +113,22 @@ def test_with_adapters_off_a_model_is_its_start(start: Path, data: Path) -> None
             off = completion_logps(plain.model, [tokens.group(0)]).sums
     assert torch.allclose(off, reference[:2], atol=1e-5)
     assert all(p.requires_grad == ("lora_" in name) for name, p in plain.model.named_parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_have_no_dropout(checkpointing: bool) -> None:
+    """Their own one would make policy and reference differ at step 0, as the model's would."""
+    model = adapted("llama")
+    stir(model)
+    silence_dropout(model, TrainDpoSettings(gradient_checkpointing=checkpointing))
+    assert model.training == checkpointing
+    found = [completion_logps(model, GROUPS).tokens for _ in range(2)]
+    assert torch.equal(*found)
+    model.eval()
+    assert torch.allclose(completion_logps(model, GROUPS).tokens, found[0], atol=1e-5)
+    adapters = [module for module in model.modules() if hasattr(module, "lora_dropout")]
+    assert adapters
+    assert not any(getattr(each, "p", 0.0) for module in adapters for each in module.lora_dropout.values())
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.config.settings import TrainDpoSettings
 from pipeline.train.losses import (
     centering_loss,
     dpo_loss,
@@ -87,6 +89,12 @@ def test_dpo_does_not_subtract_losses() -> None:
     """A pseudo-code in circulation is loss(chosen) - loss(rejected), which has no lower bound."""
     policy, reference = tensor(-1, -1000).view(1, 2), tensor(-1, -1).view(1, 2)
     assert dpo_loss(policy, reference, tensor(1), beta=1.0).item() >= 0
+
+
+def test_label_smoothing_is_not_silently_left_out_of_ipo() -> None:
+    with pytest.raises(ValidationError, match="label_smoothing is of loss: sigmoid"):
+        TrainDpoSettings(loss="ipo", label_smoothing=0.1)
+    assert TrainDpoSettings(loss="sigmoid", label_smoothing=0.1).label_smoothing == 0.1
 
 
 def test_ipo_asks_for_a_gap_of_one_half_by_beta() -> None:

@@ -15,7 +15,7 @@ from pipeline.config.settings import LoraSettings, Settings, TrainSettings
 from pipeline.lm.load import load_tokenizer
 from pipeline.lm.templates import Chat
 from pipeline.train.batches import Data, tokenise
-from pipeline.train.memory import Memory, advise, measure
+from pipeline.train.memory import Memory, advise, free_system_bytes, measure
 from pipeline.train.rows import Source, read
 from tests.pipeline.lm.tiny import save_tiny
 from tests.pipeline.train.tiny_jobs import write_rows
@@ -110,6 +110,29 @@ def test_what_is_trained_costs_sixteen_bytes_and_what_is_frozen_its_own_size(dat
     four = estimate("sft", data, start, {"lora": {"r": 8, "quantize": "4bit"}})
     layers = 8 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2728)
     assert four.weights == pytest.approx(4 * trained + 4 * (numbers - layers) + (0.5 + 0.127 / 8) * layers, abs=100)
+
+
+def test_free_memory_is_what_can_be_had_with_the_page_cache_and_no_more_than_a_container_allows(tmp_path: Path) -> None:
+    outer, inner = tmp_path / "sys/fs/cgroup/pod", tmp_path / "sys/fs/cgroup/pod/job"
+    inner.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/old\n0::/pod/job\n")
+    meminfo = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 8000 kB\nHugePages_Total: 0\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    assert free_system_bytes(tmp_path) == 8000 * 1024
+    for folder, limit in ((outer, "max"), (inner, "5000")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("4000\n")
+        (folder / "memory.stat").write_text("anon 1000\ninactive_file 2500\n")
+    assert free_system_bytes(tmp_path) == 5000 - 4000 + 2500
+    (outer / "memory.max").write_text("4500\n")
+    assert free_system_bytes(tmp_path) == 4500 - 4000 + 2500
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux alone says what is available")
+def test_free_memory_is_measured_here() -> None:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_system_bytes() < total
 
 
 def test_the_advice_names_settings_that_fit_with_what_they_need(data: Path, start: Path) -> None:

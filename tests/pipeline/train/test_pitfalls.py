@@ -14,6 +14,7 @@ import gzip
 import json
 import math
 import random
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from pipeline.records import Message
 from pipeline.train.batches import Data, tokenise
 from pipeline.train.dpo import Preference
 from pipeline.train.loop import autocast, silence_dropout
+from pipeline.train.rm import Comparisons
 from pipeline.train.rows import Row
 from pipeline.train.rrhf import Ranking
 from pipeline.train.sft import Imitation
@@ -64,6 +66,16 @@ def data_of(rows: Sequence[Row], tokenizer: Any = None) -> Data:
 
 def llama(*, packed: bool = True) -> Any:
     model = tiny_llama()
+    if packed:
+        prepare(model)
+        assert model.config._attn_implementation == PACKED
+    return model
+
+
+def reward_llama(*, packed: bool = True) -> Any:
+    """With a score head that is not zero."""
+    torch.manual_seed(0)
+    model = sharpen(t.LlamaForSequenceClassification(copy.deepcopy(tiny_llama().config)))
     if packed:
         prepare(model)
         assert model.config._attn_implementation == PACKED
@@ -241,12 +253,24 @@ def test_no_dropout_is_left_in_training(name: str, packed: bool, checkpointing: 
 # Metrics
 
 
-@pytest.mark.parametrize("trainer", ["sft", "rrhf", "dpo"])
+def test_a_dpo_pair_is_right_when_the_answer_that_its_label_prefers_has_the_larger_reward() -> None:
+    """A soft label below one half says that the second answer is the better one."""
+    labels, gains = (0.8, 0.2, 0.8, 0.2), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    rows = [row._replace(probability=label) for row, label in zip(rows_of(4, 2), labels, strict=True)]
+    model, data = llama(), data_of(rows)
+    references = completion_logps(model, [data.group(row) for row in range(4)]).sums.detach()
+    references[0::2] -= gains
+    metrics = Preference(TrainDpoSettings(), {id(data): references})(model, data, range(4)).metrics
+    assert torch.allclose(metrics["rewards/margin"], 0.1 * gains, atol=1e-4)
+    assert metrics["rewards/accuracy"].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("trainer", ["sft", "rrhf", "dpo", "rm"])
 def test_metrics_do_not_count_padding(trainer: str) -> None:
     """The same numbers from rows that are padded to a common width and from rows that never are."""
     rows = (
         rows_of(5)
-        if trainer != "dpo"
+        if trainer in ("sft", "rrhf")
         else [row._replace(completions=row.completions[:2], scores=()) for row in rows_of(5)]
     )
     rows = [row._replace(completions=row.completions[:1], scores=()) for row in rows] if trainer == "sft" else rows
@@ -256,11 +280,12 @@ def test_metrics_do_not_count_padding(trainer: str) -> None:
         "sft": Imitation,
         "rrhf": lambda: Ranking(1.0),
         "dpo": lambda: Preference(TrainDpoSettings(), references),
+        "rm": lambda: Comparisons(0.01),
     }
-    objective = make[trainer]()
-    padded, packed = (objective(llama(packed=one), data, range(5)) for one in (False, True))
+    objective, model = make[trainer](), reward_llama if trainer == "rm" else llama
+    padded, packed = (objective(model(packed=one), data, range(5)) for one in (False, True))
     assert padded.losses.mean().item() == pytest.approx(packed.losses.mean().item(), rel=1e-5)
-    assert padded.metrics.keys() == packed.metrics.keys()
+    assert padded.metrics.keys() == packed.metrics.keys() == set(sys.modules[type(objective).__module__].METRICS)
     for name, values in packed.metrics.items():
         assert padded.metrics[name].float().mean().item() == pytest.approx(values.float().mean().item(), rel=1e-4), name
 

@@ -183,6 +183,10 @@ def test_a_source_is_a_path_and_perhaps_a_weight(tmp_path: Path) -> None:
     assert parse_source("a.jsonl@2.5") == Source("a.jsonl", 2.5)
     assert parse_source("hf:org/name?split=train@0.5") == Source("hf:org/name?split=train", 0.5)
     assert parse_source("a@home.jsonl") == Source("a@home.jsonl", 1.0)
+    here = tmp_path / "here.jsonl"
+    here.touch()
+    with pytest.raises(UsageError, match=r"'two' is no number; write .*here\.jsonl@WEIGHT"):
+        parse_source(f"{here}@two")
     odd = tmp_path / "run@2"
     odd.mkdir()
     assert parse_source(str(odd)) == Source(str(odd), 1.0)

@@ -19,8 +19,8 @@ from pipeline.errors import IncompleteError, UsageError
 from pipeline.lm.templates import Chat
 from pipeline.train.quality import ALL, Grouping, borders, parse_grouping
 from pipeline.train.rows import Source, parse_source, read
-from pipeline.train.score import ScoreJob, ScoreReport, run_score
-from tests.pipeline.lm.tiny import save_tiny
+from pipeline.train.score import ScoreJob, ScoreReport, plan_score, run_score
+from tests.pipeline.lm.tiny import save_tiny, tiny_tokenizer
 from tests.pipeline.train.tiny_jobs import run_job, write_rows
 
 
@@ -251,12 +251,68 @@ def test_a_choice_can_be_trained_on(
     assert (tmp_path / trainer / "model.safetensors").exists()
 
 
+def test_grades_of_an_earlier_call_are_no_longer_current(reward_model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    score(tmp_path / "graded", reward_model, data, grouping=Grouping("graded", 4))
+    report = score(tmp_path / "graded", reward_model, data, grouping=Grouping("graded", 2))
+    assert [sum(made.rows.values()) > 0 for made in report.parts.values()] == [True, True, False, False]
+    assert list(read([Source(str(tmp_path / "graded" / "grade-2"))], kind="sft", split="train"))
+    with pytest.raises(IncompleteError, match="0 of 0 rows used"):
+        list(read([Source(str(tmp_path / "graded" / "grade-3"))], kind="sft", split="train"))
+
+
+# What a dry run tells
+
+
+def test_a_plan_counts_what_is_scored_and_writes_nothing(reward_model: Path, tmp_path: Path) -> None:
+    data = write_lines(
+        tmp_path / "rows.jsonl",
+        {"prompt": "word " * 600, "completion": "b", "split": "train"},
+        {"prompt": "a", "completion": "b", "split": "train"},
+        {"prompt": "a", "completions": ["b", "c d"], "split": "test"},
+    )
+    job = ScoreJob(sources=[Source(str(data))], model=str(reward_model), kind="reward", out=tmp_path / "scored")
+    chat = Chat(AutoTokenizer.from_pretrained(reward_model))
+    prompt = len(chat.prompt([{"role": "user", "content": "a"}], reasoning=False).token_ids)
+    answers = {text: len(chat.completion(text).token_ids) for text in ("b", "c d")}
+    assert plan_score(job) == {
+        "train": {"rows": 1, "completions": 1, "tokens": prompt + answers["b"], "too_long": 1},
+        "test": {"rows": 1, "completions": 2, "tokens": prompt + sum(answers.values()), "too_long": 0},
+    }
+    assert not (tmp_path / "scored").exists()
+
+
+def test_a_plan_refuses_what_the_call_refuses(policy: Path, reward_model: Path, tmp_path: Path) -> None:
+    data = [Source(str(write_rows(tmp_path / "rows.jsonl")))]
+    (tmp_path / "out" / "videos").mkdir(parents=True)
+    with pytest.raises(UsageError, match="not empty"):
+        plan_score(ScoreJob(sources=data, model=str(reward_model), kind="reward", out=tmp_path / "out"))
+    with pytest.raises(UsageError, match="no reward model"):
+        plan_score(ScoreJob(sources=data, model=str(policy), kind="reward", out=tmp_path / "scored"))
+    with pytest.raises(UsageError, match="no such folder; check its name"):
+        plan_score(ScoreJob(sources=data, model=str(tmp_path / "none"), kind="reward", out=tmp_path / "scored"))
+
+
 # What is refused
 
 
 def test_a_language_model_is_no_reward_model(policy: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no reward model"):
         score(tmp_path / "scored", policy, write_rows(tmp_path / "rows.jsonl"))
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "small", vocab_size=300)
+    with pytest.raises(UsageError, match="300 embeddings; give its own tokenizer"):
+        score(tmp_path / "scored", tmp_path / "small", tmp_path / "none.jsonl", kind="policy")
+
+
+def test_a_model_without_a_chat_template_is_told_what_helps_here(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "raw")
+    tiny_tokenizer(template=None).save_pretrained(tmp_path / "raw")
+    (tmp_path / "raw" / "chat_template.jinja").unlink()
+    with pytest.raises(UsageError, match=r"no chat template; .* put a chat_template\.jinja in its folder"):
+        score(tmp_path / "scored", tmp_path / "raw", tmp_path / "none.jsonl", kind="policy")
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(reward_model: Path, tmp_path: Path) -> None:
@@ -271,6 +327,12 @@ def test_nothing_to_score_is_an_error_that_says_why(reward_model: Path, tmp_path
     with pytest.raises(IncompleteError, match="empty 1"):
         score(tmp_path / "scored", reward_model, data)
     assert not (tmp_path / "scored").exists()
+
+
+def test_rows_that_are_all_too_long_are_an_error_that_says_so(reward_model: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "rows.jsonl", {"prompt": "word " * 600, "completion": "b", "split": "train"})
+    with pytest.raises(IncompleteError, match=r"rows\.jsonl, train: 1 of 1 .*; 1 longer than .* context of 512 tokens"):
+        score(tmp_path / "scored", reward_model, data)
 
 
 def test_a_row_longer_than_the_context_is_left_out_and_counted(reward_model: Path, tmp_path: Path) -> None:

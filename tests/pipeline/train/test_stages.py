@@ -124,7 +124,8 @@ def test_padding_that_is_the_end_of_a_turn_does_not_hide_it_from_a_reward_model(
     assert torch.allclose(together, model.score(torch.stack(hidden))[:, 0], atol=1e-5)
 
 
-def test_rrhf_with_one_completion_has_the_gradient_of_sft(start: Path, data: Path) -> None:
+def test_rrhf_with_one_completion_has_the_gradient_of_sft_where_both_are_summed(start: Path, data: Path) -> None:
+    """And of a step, where SFT divides by tokens and RRHF by prompts, that times the tokens of a prompt on average."""
     loaded = load(str(start))
     prepare(loaded.model)
     rows = list(read([Source(str(data))], kind="sft", split="train"))[:6]
@@ -135,6 +136,10 @@ def test_rrhf_with_one_completion_has_the_gradient_of_sft(start: Path, data: Pat
         objective(loaded.model, tokens, range(6)).losses.sum().backward()
         found[name] = torch.cat([p.grad.flatten() for p in loaded.model.parameters()])
     assert (found["sft"] - found["rrhf"]).norm() <= 1e-6 * found["sft"].norm()
+    lengths = [len(tokens.group(row).completions[0]) for row in range(6)]
+    terms = {"sft": Imitation(), "rrhf": Ranking(1.0)}
+    num_terms = {name: sum(each.num_terms(tokens, row) for row in range(6)) for name, each in terms.items()}
+    assert num_terms == {"sft": sum(lengths), "rrhf": len(lengths)}
 
 
 def test_what_was_made_from_the_same_inputs_is_not_made_again(start: Path, data: Path, tmp_path: Path) -> None:
@@ -233,6 +238,26 @@ def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_
     }
     assert (int(found[3]), found[2]) == max((length, id) for id, length in lengths.items())
     assert int(found[1]) == sum(length > 48 for length in lengths.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "cure"),
+    [
+        ({}, "take a model with more context, or set too_long: cut"),
+        ({"max_length": 40}, "set max_length higher, or set too_long: cut"),
+        ({"max_length": 40, "too_long": "cut"}, "set max_length higher, or shorten them"),
+        ({"too_long": "cut"}, "take a model with more context, or shorten them"),
+    ],
+)
+def test_the_advice_about_rows_that_are_too_long_is_one_that_helps(
+    keys: dict[str, Any], cure: str, data: Path, tmp_path: Path
+) -> None:
+    """A cut takes the beginning of a prompt, never an answer."""
+    save_tiny(tmp_path / "start", context=48)
+    line = {"prompt": "Hi", "completion": "please help me " * 30, "split": "train"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UsageError, match=f"{cure}$"):
+        run_job("sft", tmp_path / "rows.jsonl", tmp_path / "start", tmp_path / "sft", keys=keys)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(data: Path, tmp_path: Path) -> None:

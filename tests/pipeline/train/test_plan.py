@@ -1,0 +1,111 @@
+"""`--dry-run`: it refuses what the training would refuse, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from pipeline.config.settings import Settings
+from pipeline.errors import UsageError
+from pipeline.train import dpo, sft
+from pipeline.train.plan import Plan, plan
+from pipeline.train.ppo import plan_ppo
+from pipeline.train.rows import Source
+from pipeline.train.stage import Job
+from tests.pipeline.lm.tiny import CHATML, save_tiny, tiny_tokenizer
+from tests.pipeline.train.ppo_jobs import ppo_settings, run_ppo, save_reward_model
+from tests.pipeline.train.tiny_jobs import run_job
+
+
+@pytest.fixture(scope="module")
+def reward_model(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reward_model(tmp_path_factory.mktemp("rm"), start)
+
+
+def job_of(data: Path, start: Path, out: Path, **options: Any) -> Job:
+    return Job(sources=[Source(str(data))], start=str(start), out=out, device="cpu", **options)
+
+
+def plan_sft(data: Path, start: Path, out: Path, *, scorer: Path | None = None, **keys: Any) -> Plan:
+    settings = Settings.model_validate({"train_sft": keys}).train_sft
+    names = [f"eval/{name}" for name in ("loss", *sft.METRICS)]
+    job = job_of(data, start, out)
+    return plan(job, settings, "sft", "language", metrics=names, scorer=scorer and str(scorer))
+
+
+def test_a_folder_with_something_else_in_it_is_refused(
+    start: Path, data: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty"):
+        plan_sft(data, start, tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty"):
+        plan_ppo(job_of(data, start, tmp_path / "out"), ppo_settings(), reward_model=str(reward_model))
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_as_the_training_refuses_it(
+    start: Path, data: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    keys = {"select": "max eval/rewards/accuracy"}
+    settings = Settings.model_validate({"train_dpo": keys}).train_dpo
+    names = [f"eval/{name}" for name in ("loss", *dpo.METRICS)]
+    assert plan(job_of(data, start, tmp_path / "out"), settings, "pairs", "language", metrics=names).steps == 1
+    refused = r"select: an evaluation has no eval/rewards/accuracy; take one of eval/"
+    with pytest.raises(UsageError, match=refused):
+        plan_sft(data, start, tmp_path / "out", **keys)
+    with pytest.raises(UsageError, match=refused):
+        run_job("sft", data, start, tmp_path / "out", keys=keys)
+    ppo = job_of(data, start, tmp_path / "ppo")
+    assert plan_ppo(ppo, ppo_settings(select="min eval/kl"), reward_model=str(reward_model)).steps == 3
+    with pytest.raises(UsageError, match=refused):
+        plan_ppo(ppo, ppo_settings(**keys), reward_model=str(reward_model))
+    with pytest.raises(UsageError, match=refused):
+        run_ppo(data, start, reward_model, tmp_path / "ppo", keys=keys)
+
+
+def test_a_reward_model_that_cannot_score_here_is_refused(
+    start: Path, data: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(tmp_path / "other")
+    save_reward_model(tmp_path / "other-rm", other)
+    tiny_tokenizer(template=CHATML.replace("user", "human") + " ").save_pretrained(tmp_path / "other-rm")
+    ppo = job_of(data, start, tmp_path / "ppo")
+    for model, message in (
+        (tmp_path / "nowhere", "no such folder; check its name"),
+        (start, "no reward model but a language model"),
+        (tmp_path / "other-rm", r"another tokenizer or chat template|is not the policy's"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            plan_sft(data, start, tmp_path / "out", scorer=model)
+        with pytest.raises(UsageError, match=message):
+            plan_ppo(ppo, ppo_settings(), reward_model=str(model))
+    assert plan_ppo(ppo, ppo_settings(reencode=True), reward_model=str(tmp_path / "other-rm")).steps == 3
+    with pytest.raises(UsageError, match="no model that scores"):
+        plan_ppo(ppo, ppo_settings())
+
+
+def test_a_reward_model_beside_the_trained_one_is_counted(
+    start: Path, data: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    alone, both = (plan_sft(data, start, tmp_path / "out", scorer=scorer).memory for scorer in (None, reward_model))
+    numbers = AutoModelForSequenceClassification.from_pretrained(reward_model).num_parameters()
+    assert both.weights - alone.weights == 4 * numbers
+    assert both._replace(weights=0, free=0) == alone._replace(weights=0, free=0)
+
+
+def test_a_model_that_is_divided_needs_a_share_of_each_process(
+    start: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan_sft(data, start, tmp_path / "out").memory
+    monkeypatch.setattr("pipeline.train.ranks.size", lambda: 4)
+    copied = plan_sft(data, start, tmp_path / "out", parallel="ddp").memory
+    divided = plan_sft(data, start, tmp_path / "out", parallel="fsdp").memory
+    assert copied._replace(free=0) == whole._replace(free=0)
+    assert divided[:3] == tuple(part // 4 for part in whole[:3])
+    assert divided.activations == whole.activations
+    with pytest.raises(UsageError, match="fsdp cannot divide weights of 4 bits"):
+        plan_sft(data, start, tmp_path / "out", parallel="fsdp", lora={"quantize": "4bit"})
