@@ -103,5 +103,5 @@ def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: 
 def test_scoring_names_what_left_it_without_rows(strict: Path, tmp_path: Path) -> None:
     kind: ScorerKind = "policy"
     sources: list[Any] = [Source(str(jsonl(tmp_path / "rows.jsonl", BAD)))]
-    with pytest.raises(IncompleteError, match="bad_roles 1"):
+    with pytest.raises(IncompleteError, match="; 1 with turns that the model's chat template refuses"):
         run_score(ScoreJob(sources, str(strict), kind, tmp_path / "out"))
