@@ -41,7 +41,7 @@ class Data:
 
     left_out: reason -> rows. longest: id and tokens of the longest row that was too long. refused: id of the first row
     that the chat template refuses, and why; '' if there is none. num_cut: rows whose prompt lost its beginning.
-    fresh: row -> what it has besides; no part of `completions` and `digest`.
+    label_sources: of the rows of its sources. fresh: row -> what it has besides; no part of `completions` and `digest`.
     """
 
     def __init__(self) -> None:
@@ -55,6 +55,7 @@ class Data:
         self._ends = array("q", [0])  # of prompt, completion, completion, prompt, …
         self._first = array("q", [0])  # of each row, the number of its prompt's piece
         self.left_out: Counter[str] = Counter()
+        self.label_sources: Counter[str] = Counter()
         self.num_cut = 0
         self.longest = ("", 0)
         self.refused = ""

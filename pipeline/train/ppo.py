@@ -43,7 +43,7 @@ from pipeline.train.stage import (
     load_start,
     publish,
     published,
-    tell_left_out,
+    tell_read,
     work_folder,
 )
 from pipeline.train.trackers import check_installed
@@ -222,7 +222,7 @@ def _read_prompts(
         found[split] = read_prompts(
             job.sources, chat, split, job.shares, own, max_length=room, too_long=settings.too_long
         )
-        tell_left_out(job, split, found[split].data, own)
+        tell_read(job, split, found[split].data, own)
         tallies += own
         if lost := found[split].data.left_out["too_long"]:
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; {cure}")
@@ -239,7 +239,7 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
     own: list[rows.Tally] = []
     found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=own)
     data = tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
-    tell_left_out(job, "train", data, own)
+    tell_read(job, "train", data, own)
     tallies += own
     return data
 

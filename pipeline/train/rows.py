@@ -70,7 +70,8 @@ class Row(NamedTuple):
 class Tally:
     """What was read of one source. rows: in all. used: of these, given out at least once. other_split: not asked for.
 
-    left_out: why there was nothing to learn -> rows. first: why -> where the first of these rows stands.
+    label_sources: of the used ones, each once. left_out: why there was nothing to learn -> rows.
+    first: why -> where the first of these rows stands.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Tally:
     rows: int = 0
     used: int = 0
     other_split: int = 0
+    label_sources: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
@@ -131,10 +133,12 @@ def read(
 
 def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings, tally: Tally) -> Iterator[Row]:
     found = _rows_of_split(source, kind, split, shares, tally)
-    counted = _by_prompt(found) if kind == "comparisons" else ((row, 1) for row in found)
-    for row, num_rows in counted:
+    counted = _by_prompt(found) if kind == "comparisons" else ((row, Counter([row.label_source])) for row in found)
+    for row, label_sources in counted:
         copies = _copies(source.weight, row.id)
-        tally.used += num_rows if copies else 0
+        if copies:
+            tally.used += label_sources.total()
+            tally.label_sources += label_sources
         yield from [row] * (copies if split == "train" else min(copies, 1))
 
 
@@ -213,12 +217,15 @@ class _Prompt:
         )
 
 
-def _by_prompt(rows: Iterable[Row]) -> Iterator[tuple[Row, int]]:
-    """One row for each prompt, in the order of their first ones, and of how many it is made. Holds all of them."""
+def _by_prompt(rows: Iterable[Row]) -> Iterator[tuple[Row, Counter[str]]]:
+    """One row for each prompt, in the order of their first ones, and the label sources of those it is made of.
+
+    Holds all of them.
+    """
     prompts: dict[str, _Prompt] = {}
     for row in rows:
         prompts.setdefault(message_id(row.prompt), _Prompt(row)).add(row)
-    yield from ((prompt.row(), prompt.label_sources.total()) for prompt in prompts.values())
+    yield from ((prompt.row(), prompt.label_sources) for prompt in prompts.values())
 
 
 # Where rows lie

@@ -137,7 +137,10 @@ def _folders(job: ScoreJob) -> dict[str, Path]:
 
 
 def _nothing(left_out: Counter[str], context: int, tallies: Sequence[rows.Tally]) -> IncompleteError:
-    words = {"too_long": f"longer than the model's context of {context} tokens; use a model with more"}
+    words = {
+        "too_long": f"longer than the model's context of {context} tokens; use a model with more",
+        "bad_roles": "with turns that the model's chat template refuses; use a model whose template takes them",
+    }
     lost = [f"{count} {words.get(reason, reason)}" for reason, count in sorted(left_out.items())]
     return IncompleteError(f"no row to score: {'; '.join([*map(str, tallies), *lost])}")
 

@@ -224,14 +224,15 @@ def counts_of(data: dict[str, Data]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, each in data.items():
         compared = {"comparisons": each.num_comparisons} if each.num_comparisons else {}
-        found[name] = {"rows": len(each), **compared, "cut": each.num_cut, **each.left_out}
+        labelled = {f"label_source {source}": num for source, num in sorted(each.label_sources.items())}
+        found[name] = {"rows": len(each), **compared, "cut": each.num_cut, **each.left_out, **labelled}
     return found
 
 
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
-    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_left_out` if they are refused."""
+    """Tokens of both splits. Raises UsageError (2) if all rows are too long, as `tell_read` if they are refused."""
     tallies: list[rows.Tally] = []
     max_length = min(settings.max_length or context, context)
     cure = _cure(settings, max_length < context)
@@ -240,7 +241,7 @@ def read_data(
         own: list[rows.Tally] = []
         found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=own)
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
-        tell_left_out(job, split, data[split], own)
+        tell_read(job, split, data[split], own)
         tallies += own
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
@@ -261,13 +262,14 @@ def _cure(settings: TrainSettings, could_be_longer: bool) -> str:
     return f"their answers alone leave a prompt no room: {longer}, or shorten them"
 
 
-def tell_left_out(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Tally]) -> None:
-    """Says what was read of each source, and has the data count what was left out there, too.
+def tell_read(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Tally]) -> None:
+    """Says what was read of each source, and has the data count its label sources and what was left out there, too.
 
     tallies: of this data. Raises IncompleteError (3) if the chat template refuses rows, and none to train on is left.
     """
     for tally in tallies:
         job.say(str(tally))
+        data.label_sources.update(tally.label_sources)
         data.left_out.update(tally.left_out)
     if not data.refused:
         return

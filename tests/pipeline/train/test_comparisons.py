@@ -151,7 +151,7 @@ def test_a_batch_is_so_many_prompts_and_the_counts_name_both(start: Path, tmp_pa
     assert report.outcome.step == 2
     assert [(c["rows"], c["comparisons"]) for c in report.counts.values()] == [(8, 24), (1, 2)]
     lines = (tmp_path / "rm" / "README.md").read_text().splitlines()
-    assert any(line.startswith("| train | rows 8, comparisons 24, cut 0 |") for line in lines)
+    assert any(line.startswith("| train | rows 8, comparisons 24, cut 0") for line in lines)
 
 
 def test_train_rm_takes_rankings(cai: Command, tmp_path: Path) -> None:

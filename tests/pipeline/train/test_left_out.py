@@ -72,6 +72,21 @@ def test_what_is_left_out_of_each_source_is_said_and_counted_once(trainer: str, 
     assert "empty 3" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_labels_of_several_sources_are_counted_apart(trainer: str, start: Path, tmp_path: Path) -> None:
+    """Rows of the file, each once, also where its weight repeats them or a reward model has them in one element."""
+    sources = ["ai"] * 5 + ["human"] * 3 + [None]
+    labelled = [{**row, "label_source": source} for row, source in zip(GOOD, sources, strict=True)]
+    path = jsonl(tmp_path / "a.jsonl", *labelled, {**labelled[0], "rejected": "Go.", "label_source": "human"})
+    report = run_job(trainer, path, start, tmp_path / "out", sources=[Source(str(path), 2.0)])
+    found = {name: n for name, n in report.counts["train"].items() if name.startswith("label_source")}
+    assert found == {"label_source ai": 5, "label_source given": 1, "label_source human": 4}
+    assert report.counts["train"]["rows"] == (18 if trainer == "rm" else 20)
+    assert (
+        "label_source ai 5, label_source given 1, label_source human 4" in (tmp_path / "out" / "README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("arguments", [["train-dpo", "--dry-run"], ["train-ppo", "--dry-run"], ["score", "--policy"]])
 def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: Command, tmp_path: Path) -> None:
     jsonl(tmp_path / "rows.jsonl", *GOOD, BAD, {**GOOD[0], "prompt": " "})
@@ -88,5 +103,5 @@ def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: 
 def test_scoring_names_what_left_it_without_rows(strict: Path, tmp_path: Path) -> None:
     kind: ScorerKind = "policy"
     sources: list[Any] = [Source(str(jsonl(tmp_path / "rows.jsonl", BAD)))]
-    with pytest.raises(IncompleteError, match="bad_roles 1"):
+    with pytest.raises(IncompleteError, match="; 1 with turns that the model's chat template refuses"):
         run_score(ScoreJob(sources, str(strict), kind, tmp_path / "out"))
