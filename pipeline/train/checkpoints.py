@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,10 +46,7 @@ def save(folder: Path, state: State, tensors: dict[str, dict[str, Tensor]]) -> N
 def save_tensors(path: Path, named: dict[str, Tensor]) -> None:
     """Writes a safetensors file, durably."""
     with io_errors(path):
-        try:
-            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}, path)
-        except SafetensorError as error:  # its I/O errors have no number of their own
-            raise OSError(28 if "os error 28" in str(error) else 5, str(error)) from error
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -283,9 +283,9 @@ def publish(
             shutil.copyfile(folder / name, ready / name)
         if TENSORBOARD in job.trackers and (folder / TENSORBOARD).exists():
             shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
-    draw_curves(ready / "metrics.jsonl", ready / "curves.png")
-    write_card(ready / "README.md", description)
-    write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
+        draw_curves(ready / "metrics.jsonl", ready / "curves.png")
+        write_card(ready / "README.md", description)
+        write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
     old = folder / "old"
     with io_errors(job.out):
         for path in ready.rglob("*"):
