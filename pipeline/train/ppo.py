@@ -29,7 +29,7 @@ from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
 from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
-from pipeline.train.prompts import Prompts, read_prompts
+from pipeline.train.prompts import Prompts, tokenise_prompts
 from pipeline.train.rewards import Source, open_function, open_reward_model
 from pipeline.train.samplers import Sampler
 from pipeline.train.stage import (
@@ -40,6 +40,7 @@ from pipeline.train.stage import (
     context_of,
     describe,
     followed,
+    heed,
     load_start,
     publish,
     published,
@@ -207,9 +208,8 @@ def _read_prompts(
     room = min(settings.max_length or context, context) - settings.max_tokens
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
-        found[split] = read_prompts(
-            job.sources, chat, split, job.shares, tallies, max_length=room, too_long=settings.too_long
-        )
+        read = heed(job, rows.read(job.sources, kind="prompts", split=split, shares=job.shares, tallies=tallies))
+        found[split] = tokenise_prompts(read, chat, max_length=room, too_long=settings.too_long)
         if lost := found[split].data.left_out["too_long"]:
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; max_tokens, too_long: cut")
     if not len(found["train"]):
@@ -222,7 +222,7 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
     if not settings.ptx_coef:
         return None
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
-    found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies)
+    found = heed(job, rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=tallies))
     return tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
 
 

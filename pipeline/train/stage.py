@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedError, UsageError
 from pipeline.lm.forward import prepare
 from pipeline.lm.load import Head, Loaded, load, load_config, load_tokenizer, pick_device, stored_dtype
 from pipeline.lm.templates import Chat
@@ -227,6 +227,14 @@ def plan(job: Job, settings: TrainSettings, kind: Kind, head: Head) -> Plan:
     return Plan(_counts(data), steps, memory, advise(memory, *need))
 
 
+def heed(job: Job, found: Iterator[rows.Row]) -> Iterator[rows.Row]:
+    """The rows, until the job is asked to stop: StoppedError."""
+    for row in found:
+        if job.should_stop():
+            raise StoppedError(f"{job.out}: stopped before the first step; the same command begins again")
+        yield row
+
+
 def _counts(data: dict[str, Data]) -> dict[str, Any]:
     return {name: {"rows": len(each), "cut": each.num_cut, **each.left_out} for name, each in data.items()}
 
@@ -239,7 +247,7 @@ def read_data(
     max_length = min(settings.max_length or context, context)
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
-        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies)
+        found = heed(job, rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=tallies))
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         if lost := data[split].left_out["too_long"]:
             id, length = data[split].longest
