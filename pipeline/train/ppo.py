@@ -19,7 +19,6 @@ from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
 from pipeline.lm.load import ends, load_tokenizer
 from pipeline.lm.templates import Chat
-from pipeline.records import digest
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
 from pipeline.train.curves import draw_reward_kl
@@ -27,6 +26,7 @@ from pipeline.train.loop import Outcome, Progress
 from pipeline.train.memory import measure
 from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
+from pipeline.train.output import check_out, identity_of, publish, published, work_folder
 from pipeline.train.ppo_run import Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
 from pipeline.train.prompts import Prompts, tokenise_prompts
@@ -42,9 +42,6 @@ from pipeline.train.stage import (
     followed,
     heed,
     load_start,
-    publish,
-    published,
-    work_folder,
 )
 from pipeline.train.trackers import check_installed
 
@@ -62,6 +59,7 @@ def train_ppo(
     sampler: what the settings' sampler is, unless it is training itself.
     """
     check_installed(job.trackers)
+    ranks.first(lambda: check_out(job.out, job.start, trainer="ppo"))
     _check_sampler(settings, sampler)
     if ranks.size() > 1 and settings.parallel == "fsdp":
         raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
@@ -75,10 +73,8 @@ def train_ppo(
     counts = {name: dict(each.counts) for name, each in prompts.items()}
     source = judge or ranks.together(lambda: _open_reward(settings, reward_model, job, fingerprint["tokenizer"]))
     data = {name: each.data for name, each in prompts.items()} | ({"ptx": ptx} if ptx else {})
-    identity = digest(
-        ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, fingerprint, source.fingerprint]
-        + [[each.digest, each.ids] for each in data.values()]
-    )
+    made_with = [job.seed, fingerprint, source.fingerprint, *([each.digest, each.ids] for each in data.values())]
+    identity = identity_of("ppo", settings, made_with)
     if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))

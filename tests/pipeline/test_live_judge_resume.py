@@ -18,8 +18,9 @@ from pipeline.errors import EngineDown, StoppedError
 from pipeline.journal import Journal
 from pipeline.live_judge import live_judge
 from pipeline.train import rows
+from pipeline.train.output import JOURNAL, work_path
 from pipeline.train.ppo import train_ppo
-from pipeline.train.stage import JOURNAL, Job, work_path
+from pipeline.train.stage import Job
 from tests.pipeline.cli.test_torchrun import TORCHRUN, finish
 from tests.pipeline.lm.tiny import save_tiny
 from tests.pipeline.train.test_ppo import lines, weights
