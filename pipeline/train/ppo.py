@@ -19,6 +19,7 @@ from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
 from pipeline.lm.load import ends, load_tokenizer
 from pipeline.lm.templates import Chat
+from pipeline.records import Line
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
 from pipeline.train.curves import draw_reward_kl
@@ -121,55 +122,65 @@ def optimise(
     run.resume(warn)
     if run.step == 0:
         run.metrics.append([{"step": 0, **run.evaluate()}])
-    while run.step < run.total and not run.has_stalled():
+    while run.pending or (run.step < run.total and not run.has_stalled()):
         clock = Clock()
-        batch = batch_at(run.step, num_rows=len(task.prompts), batch_size=settings.batch_size, seed=task.seed)
-        rollouts = run.roll_out(task.prompts, batch, step=run.step)
-        clock.lap("rollout")
-
-        scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
-        check_finite(run.where, {"score": float(scores.sum())})
-        targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
-        objective = objective_metrics(
-            rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
-        )
-        objective |= {f"objective/{name}": value for name, value in task.measure().items()}
-        clock.lap("score")
-
-        rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
-        learned = update(
-            task.networks,
-            run.learners,
-            rollouts,
-            targets,
-            ptx=task.ptx,
-            step=run.step,
-            seed=task.seed,
-            rate=rate,
-            where=run.where,
-        )
-        run.average_weights()
-        clock.lap("update")
-
-        run.step += 1
-        run.num_episodes += len(rollouts.texts)
-        line = {**run.place(), "lr": rate * settings.learning_rate, **learned, **objective}
-        line["objective/kl_coef"] = run.kl_coef
-        run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
+        line, run.pending = run.pending or take_step(run, clock), None
+        saves = run.is_due(settings.save_every)
         if run.is_due(settings.eval_every):
+            if saves:
+                run.save(line)
             line |= run.evaluate()
             clock.lap("eval")
         run.metrics.append([line | clock.seconds])
-        run.samples.append(logged(run.step, rollouts, scores, settings.num_logged))
-        tokens = run.count_tokens(rollouts)
-        watch(Progress(run.step, run.total, tokens, line))
-        stops = any(ranks.gather(should_stop()))
-        if stops or run.is_due(settings.save_every):
+        watch(Progress(run.step, run.total, run.num_tokens, line))
+        stops, is_late = ranks.any_of(should_stop(), run.checkpoints.is_late and not settings.save_every)
+        if stops or saves or is_late:
             run.save()
         if stops and run.step < run.total:
             at = f"{task.folder}: stopped after step {run.step} of {run.total}"
             raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
     return run.finish(warn)
+
+
+def take_step(run: Run, clock: Clock) -> Line:
+    """Rollouts, their scores, and the updates that follow. Returns the step's line of metrics.jsonl."""
+    task, settings = run.task, run.settings
+    batch = batch_at(run.step, num_rows=len(task.prompts), batch_size=settings.batch_size, seed=task.seed)
+    rollouts = run.roll_out(task.prompts, batch, step=run.step)
+    clock.lap("rollout")
+
+    scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
+    check_finite(run.where, {"score": float(scores.sum())})
+    targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
+    objective = objective_metrics(
+        rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
+    )
+    objective |= {f"objective/{name}": value for name, value in task.measure().items()}
+    clock.lap("score")
+
+    rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
+    learned = update(
+        task.networks,
+        run.learners,
+        rollouts,
+        targets,
+        ptx=task.ptx,
+        step=run.step,
+        seed=task.seed,
+        rate=rate,
+        where=run.where,
+    )
+    run.average_weights()
+    clock.lap("update")
+
+    run.step += 1
+    run.num_episodes += len(rollouts.texts)
+    run.count_tokens(rollouts)
+    line = {**run.place(), "lr": rate * settings.learning_rate, **learned, **objective}
+    line["objective/kl_coef"] = run.kl_coef
+    run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
+    run.samples.append(logged(run.step, rollouts, scores, settings.num_logged))
+    return line
 
 
 def plan_ppo(job: Job, settings: TrainPpoSettings) -> Plan:

@@ -69,25 +69,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["whole", "LoRA"])
+@pytest.mark.parametrize(
+    ("lora", "step", "kept"),
+    [(None, 2, [1]), ({"r": 4}, 2, [1]), (None, 3, [2, 3])],
+    ids=["whole", "LoRA", "evaluated"],
+)
 def test_a_disk_that_fills_up_loses_nothing(
-    lora: dict[str, int] | None, start: Path, data: Path, tmp_path: Path, small_disk: Path
+    lora: dict[str, int] | None,
+    step: int,
+    kept: list[int],
+    start: Path,
+    data: Path,
+    tmp_path: Path,
+    small_disk: Path,
 ) -> None:
+    """In the third step, which is evaluated, the checkpoint is there by then."""
     keys = {**KEYS, "save_every": 1, "lora": lora}
     run_job("sft", data, start, tmp_path / "whole", keys=keys)
     ballast, out = small_disk / "ballast", small_disk / "sft"
     work = small_disk / ".sft.training"
 
     def fill_up(progress: object) -> None:
-        if metrics(work)[-1]["step"] == 3:
+        if metrics(work)[-1]["step"] == step:
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
 
     with pytest.raises(ResourceError, match=r"free some room and run the same command again$") as caught:
         run_job("sft", data, start, out, keys=keys, watch=fill_up)
     assert caught.value.exit_code == 5
     assert str(small_disk) in str(caught.value)
-    kept = sorted(path.name for path in (work / "checkpoints").iterdir())
-    assert kept == ["step-00000001", "step-00000002"]
+    found = sorted(path.name for path in (work / "checkpoints").iterdir())
+    assert found == [f"step-{number:08d}" for number in kept]
     ballast.unlink()
     run_job("sft", data, start, out, keys=keys)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
