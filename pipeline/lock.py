@@ -1,4 +1,4 @@
-"""One writer per run folder.
+"""One writer per run folder, and per folder of work in progress.
 
 `flock` holds the file while the process lives, so that a killed run leaves nothing to clean up on this host. On a
 shared file system where another host's flock is not seen, the holder's heartbeat (the file's modification time, every
@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -23,19 +24,25 @@ from typing import NamedTuple
 from pipeline.errors import LockedError, UsageError
 from pipeline.store import io_errors, make_folder
 
+LOCK = "lock"
+"""The file's name."""
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 
 
+_RUN = "works on this run; wait for it, stop it, or choose another --run"
+_WORK = "works here; wait for it, stop it, or choose another name"
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder/lock`; LockedError (6) names the holder if another process does."""
-    path = folder / "lock"
+def locked(folder: Path, *, said: str = _RUN) -> Iterator[None]:
+    """Holds `folder/lock`; LockedError (6) names the holder if another process does. said: what it does there."""
+    path = folder / LOCK
     make_folder(folder)
     with io_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take(fd, path)
+        _take(fd, path, said)
         done = threading.Event()
         beat = threading.Thread(target=_heartbeat, args=(fd, done), name="lock-heartbeat", daemon=True)
         beat.start()
@@ -49,6 +56,17 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def working(folder: Path) -> Iterator[Path]:
+    """Holds a folder of work in progress, which may be deleted meanwhile; if it is empty at the end it goes, too."""
+    with locked(folder, said=_WORK):
+        try:
+            yield folder
+        finally:
+            if [path.name for path in folder.glob("*")] == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class Holder(NamedTuple):
     """Who works on a run. silence_s: since its last sign of life."""
 
@@ -59,7 +77,7 @@ class Holder(NamedTuple):
 
 def holder(folder: Path) -> Holder | None:
     """Who holds `folder/lock`, as far as can be told without touching it; None if nobody does."""
-    path = folder / "lock"
+    path = folder / LOCK
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -75,19 +93,21 @@ def holder(folder: Path) -> Holder | None:
     return Holder(str(found.get("host")), int(str(found.get("pid"))), silence_s)
 
 
-def _take(fd: int, path: Path) -> None:
+def _take(fd: int, path: Path, said: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         has_flock = True
     except BlockingIOError:
-        raise LockedError(_held(path, _read_holder(fd))) from None
+        raise LockedError(_held(path, _read_holder(fd), said)) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         has_flock = False
     holder = _read_holder(fd)
     if _is_alive(holder, time.time() - os.fstat(fd).st_mtime, has_flock=has_flock):
-        raise LockedError(_held(path, holder))
+        raise LockedError(_held(path, holder, said))
+    if not os.fstat(fd).st_nlink:
+        raise LockedError(f"{path}: another process ended its work here just now; run the same command again")
     with io_errors(path):
         os.ftruncate(fd, 0)
         os.pwrite(
@@ -115,9 +135,9 @@ def _is_alive(holder: dict[str, object], silence_s: float, *, has_flock: bool) -
     return True
 
 
-def _held(path: Path, holder: dict[str, object]) -> str:
+def _held(path: Path, holder: dict[str, object], said: str) -> str:
     who = f"process {holder.get('pid')} on host {holder.get('host')}" if holder else "another process"
-    return f"{path}: {who} works on this run; wait for it, stop it, or choose another --run"
+    return f"{path}: {who} {said}"
 
 
 def _read_holder(fd: int) -> dict[str, object]:

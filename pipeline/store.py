@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, ResourceError, UsageError
+from pipeline.errors import CaiError, CorruptError, ResourceError, UsageError
 from pipeline.records import Failure, Line, canonical, digest, line_bytes
 
 FORMAT = 1
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)$")
+"""How safetensors and tokenizers end the message of an I/O error, which is no OSError there."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
@@ -32,13 +34,21 @@ def io_errors(path: Path | str) -> Iterator[None]:
     """Turns an OSError into a message with the path: no room -> ResourceError (5), no permission -> UsageError (2)."""
     try:
         yield
+    except CaiError:
+        raise
     except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
-        reason = error.strerror or str(error)
-        if error.errno in _NO_ROOM:
-            raise ResourceError(f"{path}: {reason}; free some room and run the same command again") from error
-        raise UsageError(f"{path}: {reason}; choose a folder that can be written, or mend its permissions") from error
+        raise _io_error(path, error.errno, error.strerror or str(error)) from error
+    except Exception as error:
+        if found := _RUST_ERROR.search(str(error)):
+            number = int(found[1])
+            raise _io_error(path, number, os.strerror(number)) from error
+        raise
+
+
+def _io_error(path: Path | str, number: int | None, reason: str) -> CaiError:
+    if number in _NO_ROOM:
+        return ResourceError(f"{path}: {reason}; free some room and run the same command again")
+    return UsageError(f"{path}: {reason}; choose a folder that can be written, or mend its permissions")
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -120,8 +120,8 @@ def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str
     from pipeline.cli.progress import show_work
     from pipeline.jobs import constitution_file
     from pipeline.live_judge import live_judge
+    from pipeline.train.output import JOURNAL, work_path
     from pipeline.train.ppo import train_ppo
-    from pipeline.train.stage import JOURNAL, work_path
     from pipeline.vllm_rollouts import vllm_sampler
 
     ppo = settings.train_ppo
@@ -153,6 +153,7 @@ def _train(console: Console, trainer: str, *, dry_run: bool, reward_model: str |
             job, settings = _read_job(console, trainer, **options)
             scorer = _scorer(trainer, settings, run, reward_model, in_run=in_run)
         console.say(f"start: {job.start}")
+        _check_out(job, trainer)
         if dry_run:
             _dry_run(console, trainer, job, settings, scorer)
         else:
@@ -218,6 +219,7 @@ def _carry_out(
         if run:
             made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
             job = replace(job, made_from=made_from)
+        _hold_output(job, held)
         with _stop_requests() as should_stop, watching(console) as watch:
             job = replace(job, watch=watch, should_stop=should_stop)
             report = _call(console, trainer, job, settings, scorer=scorer)
@@ -250,7 +252,8 @@ def train_in_run(
     )
     console.say(f"train-{trainer}: start: {job.start}")
     scorer = _scorer(trainer, settings, run, None)
-    with _stop_requests() as should_stop, watching(console) as watch:
+    with ExitStack() as held, _stop_requests() as should_stop, watching(console) as watch:
+        _hold_output(job, held)
         made_from = _made_from(opened, trainer, job)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
         report = _call(console, trainer, job, settings, scorer=scorer, spent=spent)
@@ -270,6 +273,23 @@ def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
     names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
     names += ["models/rm"] if trainer == "ppo" and opened.settings.train_ppo.reward == "model" else []
     return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
+
+
+def _check_out(job: Job, trainer: str) -> None:
+    """Before models are loaded or anything is written."""
+    from pipeline.train import ranks
+    from pipeline.train.output import check_out
+
+    ranks.first(lambda: check_out(job.out, job.start, trainer=trainer))
+
+
+def _hold_output(job: Job, held: ExitStack) -> None:
+    """Locks the folder of work in progress, whichever way another call may come to it."""
+    from pipeline.lock import working
+    from pipeline.train import ranks
+    from pipeline.train.output import work_path
+
+    ranks.first(lambda: held.enter_context(working(work_path(job.out))))
 
 
 def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) -> JobOfRun:

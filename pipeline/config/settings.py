@@ -161,9 +161,9 @@ class LoraSettings(Section):
 class TrainSettings(Section):
     """What all trainers share. batch_size: prompts in one step of the optimiser, however they fit into memory.
 
-    warmup: share of all steps. eval_every, save_every: steps; if not set, once an epoch. patience: evaluations without
-    a better one until training stops. microbatch_tokens: what goes through the model at a time. select: `min METRIC` or
-    `max METRIC`, of an evaluation: whose weights are kept.
+    warmup: share of all steps. eval_every, save_every: steps; if not set, once an epoch, and a checkpoint also after
+    some time. patience: evaluations without a better one until training stops. microbatch_tokens: what goes through the
+    model at a time. select: `min METRIC` or `max METRIC`, of an evaluation: whose weights are kept.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5

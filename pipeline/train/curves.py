@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+from pipeline.store import write_atomic
 
 _NOT_DRAWN = re.compile("step|epoch|seconds(/.*)?")
 
@@ -33,7 +37,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         panel.set_xlabel("step", fontsize=8)
         if len(lines) > 1:
             panel.legend(fontsize=8)
-    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    _write(figure, picture)
 
 
 def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> bool:
@@ -55,5 +59,12 @@ def draw_reward_kl(metrics: Path, picture: Path, *, kl_budget: float | None) -> 
         panel.axvline(kl_budget, linestyle="--", linewidth=1, color="grey")
     panel.set_xlabel("KL from the start, nats a completion")
     panel.set_ylabel("mean score")
-    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    _write(figure, picture)
     return True
+
+
+def _write(figure: Any, picture: Path) -> None:
+    """By way of memory: the libraries that draw do not tell of a full disk what it was."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=110, metadata={"Software": None})
+    write_atomic(picture, drawn.getvalue())

@@ -6,7 +6,7 @@ content of model and data, so that epochs, sweeps and resumed trainings share th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,17 @@ class Preference:
 
 def train_dpo(job: Job, settings: TrainDpoSettings) -> Report:
     def make_objective(opened: Opened) -> Preference:
-        return Preference(settings, references(opened, settings, job.out.parent / ".reference"))
+        folder = job.out.parent / ".reference"
+        return Preference(settings, references(opened, settings, folder, should_stop=job.should_stop))
 
     return train(job, settings, trainer="dpo", kind="pairs", make_objective=make_objective)
 
 
-def references(opened: Opened, settings: TrainDpoSettings, folder: Path) -> dict[int, Tensor]:
+def references(
+    opened: Opened, settings: TrainDpoSettings, folder: Path, *, should_stop: Callable[[], bool]
+) -> dict[int, Tensor]:
     """The starting model's summed log-probabilities for both splits, by the data's id."""
     return {
-        id(data): reference_logps(opened.model, opened.fingerprint, data, settings, folder)
+        id(data): reference_logps(opened.model, opened.fingerprint, data, settings, folder, should_stop=should_stop)
         for data in (opened.train, opened.test)
     }

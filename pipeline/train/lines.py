@@ -28,6 +28,11 @@ class LineFile:
         """Bytes, 0 if there is none."""
         return ranks.first(lambda: self.path.stat().st_size if self.path.exists() else 0)
 
+    def last_evaluation(self) -> dict[str, float]:
+        """Of the last line."""
+        line: Line = ranks.first(lambda: json.loads(self.path.read_text(encoding="utf-8").splitlines()[-1]))
+        return {name: value for name, value in line.items() if name.startswith("eval/")}
+
     def cut(self, size: int) -> None:
         def truncate() -> None:
             if self.path.exists():

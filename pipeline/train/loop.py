@@ -10,12 +10,14 @@ first one writes. None of this depends on their number, so that a checkpoint may
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -31,8 +33,6 @@ from pipeline.train.best import Best
 from pipeline.train.lines import LineFile
 from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
 
-KEPT = 2
-"""Newest checkpoints that are kept, one in case the other is damaged."""
 NAMED = 5
 """Rows that a message names."""
 LONG = 50
@@ -123,22 +123,25 @@ def fit(
     run.resume(warn)
     run.check_select()
     first = run.step + 1
-    while run.step < run.total and not run.has_stalled():
+    while run.pending or (run.step < run.total and not run.has_stalled()):
         began = time.perf_counter()
-        line = run.train_step()
+        line, run.pending = run.pending or run.train_step(), None
         if run.step == first and run.total - first >= LONG:
             run.check_memory()
+        saves = run.is_due(task.settings.save_every)
         if run.is_due(task.settings.eval_every):
+            if saves:
+                run.save(line)
             line |= run.evaluate()
         run.metrics.append([line | {"seconds": round(time.perf_counter() - began, 3)}])
         watch(Progress(run.step, run.total, run.num_tokens, line))
-        stops = any(ranks.gather(should_stop()))
-        if stops or run.is_due(task.settings.save_every):
+        stops, is_late = ranks.any_of(should_stop(), run.checkpoints.is_late and not task.settings.save_every)
+        if stops or saves or is_late:
             run.save()
         if stops and run.step < run.total:
             at = f"{task.folder}: stopped after step {run.step} of {run.total}"
             raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
-    return run.finish()
+    return run.finish(warn)
 
 
 class _Run:
@@ -154,7 +157,9 @@ class _Run:
         self.optimizer = make_optimizer(self.parameters, self.settings.weight_decay)
         self.best = Best(self.settings.select)
         self.metrics = LineFile(task.folder / "metrics.jsonl")
+        self.checkpoints = checkpoints.Series(task.folder)
         self.step = self.num_tokens = 0
+        self.pending: Line | None = None  # of a step whose evaluation did not come to its end
 
     # One step
 
@@ -188,8 +193,11 @@ class _Run:
     def check_memory(self) -> None:
         """The longest microbatch, forward and backward, when the optimiser's state is there: it fits now or never."""
         data, settings = self.task.train, self.settings
-        part = longest_microbatch(data, batch_size=settings.batch_size, max_tokens=settings.microbatch_tokens)
-        self._by_itself(lambda: self._forward(data, part, 0.0))
+        longest = partial(longest_microbatch, max_tokens=settings.microbatch_tokens)
+        self._by_itself(lambda: self._forward(data, longest(data, batch_size=settings.batch_size), 0.0))
+        if len(test := self.task.test):
+            with torch.no_grad():
+                self._by_itself(lambda: self._forward(test, longest(test, batch_size=len(test)), None))
         self.optimizer.zero_grad(set_to_none=True)
 
     def _by_itself(self, action: Callable[[], T]) -> T:
@@ -239,7 +247,7 @@ class _Run:
             self._check_finite({"eval/loss": metrics["eval/loss"]}, range(len(data)), data)
         metrics |= {name: measure(self.model) for name, measure in self.task.measures.items()}
         if metrics and self.best.take(self.step, metrics):
-            self._write(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
+            checkpoints.write(self.task.folder / "best", {"step": self.step}, {"weights": self.parameters})
         return metrics
 
     @torch.no_grad()
@@ -259,41 +267,40 @@ class _Run:
 
     # Files
 
-    def save(self) -> None:
+    def save(self, line: Line | None = None) -> None:
+        """line: of this step, if its evaluation is still to come."""
         state = {"step": self.step, "num_tokens": self.num_tokens, "best": self.best.state}
-        state["metrics_bytes"] = self.metrics.size()
+        state |= {"metrics_bytes": self.metrics.size(), "pending": json.dumps(line)}
         tensors = {"weights": self.parameters, "optimizer": state_tensors(self.optimizer, self.parameters)}
         if self.task.refresh:
             tensors["fresh"] = self.task.refresh.tensors()
-        folder = self.task.folder / "checkpoints"
-        self._write(folder / f"step-{self.step:08d}", state, tensors)
-        ranks.first(lambda: checkpoints.prune(folder, keep=KEPT))
-
-    def _write(self, folder: Path, state: checkpoints.State, tensors: dict[str, dict[str, Tensor]]) -> None:
-        files = {name: shards.whole(named) for name, named in tensors.items()}
-        ranks.first(lambda: checkpoints.save(folder, state, files))
+        self.checkpoints.save(state, tensors)
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
-        newest, size = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), 0
-        if newest:
-            state, tensors = ranks.together(lambda: checkpoints.require(newest, training=self.task.folder))
+        size = 0
+        if found := self.checkpoints.resume(warn):
+            state, tensors = found.state, found.tensors
             self.step, self.num_tokens, size = state["step"], state["num_tokens"], state["metrics_bytes"]
-            self.best.state = state["best"]
+            self.best.state, self.pending = state["best"], json.loads(state["pending"])
             self._load_weights(tensors("weights"))
             load_state(self.optimizer, self.parameters, tensors("optimizer"))
             if self.task.refresh:
                 self.task.refresh.load(tensors("fresh"))
         self.metrics.cut(size)
 
-    def finish(self) -> Outcome:
-        """The best weights go back into the model; without evaluations the last ones stay."""
-        if self.best.step in (0, self.step):
+    def finish(self, warn: Callable[[str], None]) -> Outcome:
+        """The best weights go back into the model; without evaluations, or if they are damaged, the last ones stay."""
+        step = self.best.step
+        if step in (0, self.step):
             return Outcome(self.step, self.best.metrics)
-        work, step = self.task.folder, self.best.step
-        _, tensors = ranks.together(lambda: checkpoints.require(work / "best", training=work, step=step))
-        self._load_weights(tensors("weights"))
-        return Outcome(self.best.step, self.best.metrics)
+        places = dict.fromkeys((self.task.folder / "best", self.checkpoints.place(step)), "weights")
+        weights = checkpoints.weights_of(step, places, warn)
+        if weights is None:
+            warn(f"the weights of step {self.step} are kept, and not those of step {step}")
+            return Outcome(self.step, self.metrics.last_evaluation())
+        self._load_weights(weights)
+        return Outcome(step, self.best.metrics)
 
     @torch.no_grad()
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -312,7 +319,8 @@ def enough_memory(where: str, data: Data, rows: Sequence[int]) -> Iterator[None]
         num_tokens = sum(map(data.num_tokens, rows))
         raise ResourceError(
             f"{where}: out of memory with {num_tokens} tokens ({_names(data, rows)}); "
-            "lower microbatch_tokens or max_length, or set gradient_checkpointing"
+            "lower microbatch_tokens or set gradient_checkpointing, and the same command goes on here; "
+            "or lower max_length and begin again"
         ) from error
 
 

@@ -15,7 +15,7 @@ from pipeline.train.best import Best
 from pipeline.train.layouts import Kind
 from pipeline.train.memory import Memory, advise, measure, weight_bytes
 from pipeline.train.scorers import check_same_tokenizer, outline
-from pipeline.train.stage import Job, check_divides, counts_of, published, read_data
+from pipeline.train.stage import Job, check_divides, counts_of, read_data
 from pipeline.train.trackers import check_installed
 
 
@@ -31,13 +31,12 @@ class Plan(NamedTuple):
 def plan(
     job: Job, settings: TrainSettings, kind: Kind, head: Head, *, metrics: Collection[str], scorer: str | None = None
 ) -> Plan:
-    """Reads and tokenises, loads no weights, and refuses what `train` refuses.
+    """Reads and tokenises, loads no weights, and refuses what `train` refuses, but for the folder it writes to.
 
     metrics: that an evaluation will have. scorer: a reward model that is loaded beside the trained one.
     """
     check_installed(job.trackers)
     check_divides(settings)
-    published(job.out, "")
     config, tokenizer = load_config(job.start), load_tokenizer(job.start)
     check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
     if scorer:

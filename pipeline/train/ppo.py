@@ -19,7 +19,7 @@ from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
 from pipeline.lm.load import check_tokenizer, context_of, ends, fingerprint, load_config, load_tokenizer
 from pipeline.lm.templates import Chat
-from pipeline.records import digest
+from pipeline.records import Line
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
 from pipeline.train.best import Best
@@ -28,10 +28,11 @@ from pipeline.train.loop import Outcome, Progress
 from pipeline.train.memory import measure
 from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
+from pipeline.train.output import check_out, identity_of, publish, published, work_folder
 from pipeline.train.plan import Plan
 from pipeline.train.ppo_run import EVALUATED, Clock, Run, Task, logged
 from pipeline.train.ppo_update import aim, check_finite, objective_metrics, shaped_scores, update
-from pipeline.train.prompts import Prompts, read_prompts
+from pipeline.train.prompts import Prompts, tokenise_prompts
 from pipeline.train.rewards import Source, check_reencoding, open_function, open_reward_model
 from pipeline.train.samplers import Sampler
 from pipeline.train.scorers import outline
@@ -40,11 +41,9 @@ from pipeline.train.stage import (
     Report,
     describe,
     followed,
+    heed,
     load_start,
-    publish,
-    published,
     tell_read,
-    work_folder,
 )
 from pipeline.train.trackers import check_installed
 
@@ -62,6 +61,7 @@ def train_ppo(
     sampler: what the settings' sampler is, unless it is training itself.
     """
     check_installed(job.trackers)
+    ranks.first(lambda: check_out(job.out, job.start, trainer="ppo"))
     _check_sampler(settings, sampler)
     _check_parallel(settings)
     loaded = ranks.together(lambda: load_start(job, settings, "language"))
@@ -74,10 +74,8 @@ def train_ppo(
     counts = {name: dict(each.counts) for name, each in prompts.items()}
     source = judge or ranks.together(lambda: _open_reward(settings, reward_model, job, start["tokenizer"]))
     data = {name: each.data for name, each in prompts.items()} | ({"ptx": ptx} if ptx else {})
-    identity = digest(
-        ["ppo", settings.model_dump(mode="json", exclude={"parallel"}), job.seed, start, source.fingerprint]
-        + [[each.digest, each.ids] for each in data.values()]
-    )
+    made_with = [job.seed, start, source.fingerprint, *([each.digest, each.ids] for each in data.values())]
+    identity = identity_of("ppo", settings, made_with)
     if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
@@ -124,55 +122,65 @@ def optimise(
     run.resume(warn)
     if run.step == 0:
         run.metrics.append([{"step": 0, **run.evaluate()}])
-    while run.step < run.total and not run.has_stalled():
+    while run.pending or (run.step < run.total and not run.has_stalled()):
         clock = Clock()
-        batch = batch_at(run.step, num_rows=len(task.prompts), batch_size=settings.batch_size, seed=task.seed)
-        rollouts = run.roll_out(task.prompts, batch, step=run.step)
-        clock.lap("rollout")
-
-        scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
-        check_finite(run.where, {"score": float(scores.sum())})
-        targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
-        objective = objective_metrics(
-            rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
-        )
-        objective |= {f"objective/{name}": value for name, value in task.measure().items()}
-        clock.lap("score")
-
-        rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
-        learned = update(
-            task.networks,
-            run.learners,
-            rollouts,
-            targets,
-            ptx=task.ptx,
-            step=run.step,
-            seed=task.seed,
-            rate=rate,
-            where=run.where,
-        )
-        run.average_weights()
-        clock.lap("update")
-
-        run.step += 1
-        run.num_episodes += len(rollouts.texts)
-        line = {**run.place(), "lr": rate * settings.learning_rate, **learned, **objective}
-        line["objective/kl_coef"] = run.kl_coef
-        run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
+        line, run.pending = run.pending or take_step(run, clock), None
+        saves = run.is_due(settings.save_every)
         if run.is_due(settings.eval_every):
+            if saves:
+                run.save(line)
             line |= run.evaluate()
             clock.lap("eval")
         run.metrics.append([line | clock.seconds])
-        run.samples.append(logged(run.step, rollouts, scores, settings.num_logged))
-        tokens = run.count_tokens(rollouts)
-        watch(Progress(run.step, run.total, tokens, line))
-        stops = any(ranks.gather(should_stop()))
-        if stops or run.is_due(settings.save_every):
+        watch(Progress(run.step, run.total, run.num_tokens, line))
+        stops, is_late = ranks.any_of(should_stop(), run.checkpoints.is_late and not settings.save_every)
+        if stops or saves or is_late:
             run.save()
         if stops and run.step < run.total:
             at = f"{task.folder}: stopped after step {run.step} of {run.total}"
             raise ranks.shared(StoppedError(f"{at}; the same command goes on here"))
     return run.finish(warn)
+
+
+def take_step(run: Run, clock: Clock) -> Line:
+    """Rollouts, their scores, and the updates that follow. Returns the step's line of metrics.jsonl."""
+    task, settings = run.task, run.settings
+    batch = batch_at(run.step, num_rows=len(task.prompts), batch_size=settings.batch_size, seed=task.seed)
+    rollouts = run.roll_out(task.prompts, batch, step=run.step)
+    clock.lap("rollout")
+
+    scores = shaped_scores(run.score(rollouts), rollouts.has_ended, settings)
+    check_finite(run.where, {"score": float(scores.sum())})
+    targets = aim(rollouts, scores, settings, kl_coef=run.kl_coef)
+    objective = objective_metrics(
+        rollouts, scores, targets, kl_coef=run.kl_coef, has_values=settings.advantages == "gae"
+    )
+    objective |= {f"objective/{name}": value for name, value in task.measure().items()}
+    clock.lap("score")
+
+    rate = learning_rate(run.step, run.total, settings) / settings.learning_rate
+    learned = update(
+        task.networks,
+        run.learners,
+        rollouts,
+        targets,
+        ptx=task.ptx,
+        step=run.step,
+        seed=task.seed,
+        rate=rate,
+        where=run.where,
+    )
+    run.average_weights()
+    clock.lap("update")
+
+    run.step += 1
+    run.num_episodes += len(rollouts.texts)
+    run.count_tokens(rollouts)
+    line = {**run.place(), "lr": rate * settings.learning_rate, **learned, **objective}
+    line["objective/kl_coef"] = run.kl_coef
+    run.adapt_kl_coef(objective["objective/kl"], len(rollouts.texts))
+    run.samples.append(logged(run.step, rollouts, scores, settings.num_logged))
+    return line
 
 
 def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None) -> Plan:
@@ -182,7 +190,6 @@ def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None =
     """
     check_installed(job.trackers)
     _check_parallel(settings)
-    published(job.out, "")
     config, tokenizer = load_config(job.start), load_tokenizer(job.start)
     check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
     _check_reward(settings, reward_model, fingerprint(config, tokenizer, dtype=torch.float32)["tokenizer"])
@@ -219,9 +226,8 @@ def _read_prompts(
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:
         own: list[rows.Tally] = []
-        found[split] = read_prompts(
-            job.sources, chat, split, job.shares, own, max_length=room, too_long=settings.too_long
-        )
+        read = heed(job, rows.read(job.sources, kind="prompts", split=split, shares=job.shares, tallies=own))
+        found[split] = tokenise_prompts(read, chat, max_length=room, too_long=settings.too_long)
         tell_read(job, split, found[split].data, own)
         tallies += own
         if lost := found[split].data.left_out["too_long"]:
@@ -237,7 +243,7 @@ def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, ta
         return None
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
     own: list[rows.Tally] = []
-    found = rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=own)
+    found = heed(job, rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=own))
     data = tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
     tell_read(job, "train", data, own)
     tallies += own

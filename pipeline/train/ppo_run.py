@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.settings import TrainPpoSettings
-from pipeline.errors import CaiError
+from pipeline.errors import CaiError, ResourceError
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks
@@ -19,7 +20,7 @@ from pipeline.train.advantages import adapted_kl_coef
 from pipeline.train.batches import Data, steps_per_epoch
 from pipeline.train.best import Best
 from pipeline.train.lines import LineFile
-from pipeline.train.loop import KEPT, Outcome
+from pipeline.train.loop import Outcome
 from pipeline.train.networks import Networks
 from pipeline.train.optimizer import load_state, state_tensors
 from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
@@ -70,6 +71,8 @@ class Run:
         self.kl_coef = self.settings.kl_coef
         self.best = Best(self.settings.select)
         self.step = self.num_episodes = self.num_tokens = 0
+        self.checkpoints = checkpoints.Series(task.folder)
+        self.pending: Line | None = None  # of a step whose evaluation did not come to its end
         self.metrics, self.samples = (LineFile(task.folder / f"{name}.jsonl") for name in ("metrics", "samples"))
 
     @property
@@ -96,9 +99,8 @@ class Run:
                 self.save()
             raise
 
-    def count_tokens(self, rollouts: Rollouts) -> int:
+    def count_tokens(self, rollouts: Rollouts) -> None:
         self.num_tokens += sum(map(rollouts.data.num_tokens, range(len(rollouts.data))))
-        return self.num_tokens
 
     @torch.no_grad()
     def average_weights(self) -> None:
@@ -154,23 +156,24 @@ class Run:
 
     # Files
 
-    def save(self) -> None:
+    def save(self, line: Line | None = None) -> None:
+        """line: of this step, if its evaluation is still to come."""
         state = {name: getattr(self, name) for name in ("step", "num_episodes", "num_tokens", "kl_coef")}
         state |= {"best": self.best.state, "bytes": [self.metrics.size(), self.samples.size()]}
+        state["pending"] = json.dumps(line)
         tensors = {"average": self.average} if self.average else {}
         for name, learner in self.learners.items():
             tensors[name] = learner.parameters
             tensors[f"{name}-optimizer"] = state_tensors(learner.optimizer, learner.parameters)
-        folder = self.task.folder / "checkpoints"
-        ranks.first(lambda: checkpoints.save(folder / f"step-{self.step:08d}", state, tensors))
-        ranks.first(lambda: checkpoints.prune(folder, keep=KEPT))
+        self.checkpoints.save(state, tensors)
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Takes everything from the newest checkpoint, and cuts off what was logged after it."""
-        newest, sizes = ranks.first(lambda: checkpoints.newest(self.task.folder / "checkpoints", warn)), [0, 0]
-        if newest:
-            state, tensors = ranks.together(lambda: checkpoints.require(newest, training=self.task.folder))
+        sizes = [0, 0]
+        if found := self.checkpoints.resume(warn):
+            state, tensors = dict(found.state), found.tensors
             sizes, self.best.state = state.pop("bytes"), state.pop("best")
+            self.pending = json.loads(state.pop("pending"))
             for name, value in state.items():
                 setattr(self, name, value)
             for name, learner in self.learners.items():
@@ -190,10 +193,26 @@ class Run:
             warn(f"no evaluation within kl_budget {self.settings.kl_budget}: the folder holds the starting model")
             self.task.networks.restart()
             return Outcome(0, {})
-        work, step = self.task.folder, self.best.step
-        _, tensors = ranks.together(lambda: checkpoints.require(work / "best", training=work, step=step))
-        _copy(self.learners["policy"].parameters, tensors("policy"))
-        return Outcome(self.best.step, self.best.metrics)
+        step = self.best.step
+        places = {
+            self.task.folder / "best": "policy",
+            self.checkpoints.place(step): "average" if self.average else "policy",
+        }
+        weights = checkpoints.weights_of(step, places, warn)
+        if weights is None:
+            return self._keep_last(warn)
+        _copy(self.learners["policy"].parameters, weights)
+        return Outcome(step, self.best.metrics)
+
+    def _keep_last(self, warn: Callable[[str], None]) -> Outcome:
+        """Where the best weights are damaged. Raises ResourceError if the last ones are beyond the KL budget."""
+        found, budget = self.metrics.last_evaluation(), self.settings.kl_budget
+        if budget is not None and found["eval/kl"] > budget:
+            work = self.task.folder
+            raise ranks.shared(ResourceError(f"{work / 'best'}: is not whole any more; delete {work} and train again"))
+        warn(f"the weights of step {self.step} are kept, and not those of step {self.best.step}")
+        self._swap(self.average)
+        return Outcome(self.step, found)
 
 
 @torch.no_grad()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline.config.settings import SplitSettings
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import rows
@@ -27,22 +26,8 @@ class Prompts(NamedTuple):
         return Counter({"rows": len(self.data), "cut": self.data.num_cut, **self.data.left_out})
 
 
-def read_prompts(
-    sources: Sequence[rows.Source],
-    chat: Chat,
-    split: rows.Split,
-    shares: SplitSettings,
-    tallies: list[rows.Tally],
-    *,
-    max_length: int,
-    too_long: TooLong,
-) -> Prompts:
-    """max_length: tokens of a prompt; a longer one is left out, or loses its beginning."""
-    found = rows.read(sources, kind="prompts", split=split, shares=shares, tallies=tallies)
-    return tokenise_prompts(found, chat, max_length=max_length, too_long=too_long)
-
-
 def tokenise_prompts(found: Iterable[rows.Row], chat: Chat, *, max_length: int, too_long: TooLong) -> Prompts:
+    """max_length: tokens of a prompt; a longer one is left out, or loses its beginning."""
     prompts = Prompts(Data(), [])
     for row in found:
         tokens = prompt_tokens(prompts.data, row, chat)

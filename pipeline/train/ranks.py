@@ -63,6 +63,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def any_of(*asked: bool) -> list[bool]:
+    """Of each question, whether any process says yes."""
+    return [any(answers) for answers in zip(*gather(asked), strict=True)]
+
+
 def together(action: Callable[[], T]) -> T:
     """What every process does by itself; if one of them fails, all do."""
     result, error = _attempt(action)

@@ -21,10 +21,11 @@ import numpy as np
 from pipeline.config.settings import SplitSettings
 from pipeline.dataset_writer import DatasetWriter, Published, Sorter
 from pipeline.errors import IncompleteError, UsageError
+from pipeline.lock import working
 from pipeline.records import message_id
-from pipeline.store import make_folder
 from pipeline.train import rows
 from pipeline.train.batches import Data, take
+from pipeline.train.output import check_folder
 from pipeline.train.quality import ALL, Answer, Grouping, Scored, borders, choose, parts, schema
 from pipeline.train.scorers import Scorer, ScorerKind, open_scorer, outline
 
@@ -129,6 +130,8 @@ def _folders(job: ScoreJob) -> dict[str, Path]:
     Raises UsageError for a folder with something else in it.
     """
     folders = {part: job.out / part for part in parts(job.grouping)}
+    for folder in (job.out, *folders.values()):
+        check_folder(folder)
     for folder in folders.values():
         if folder.exists() and any(folder.iterdir()) and not rows.is_export(folder):
             raise UsageError(f"{folder}: not empty, and no dataset that was made here; choose another --out")
@@ -148,10 +151,14 @@ def _nothing(left_out: Counter[str], context: int, tallies: Sequence[rows.Tally]
 def run_score(job: ScoreJob) -> ScoreReport:
     """Reads, scores and publishes. Raises IncompleteError (3) if no row can be scored."""
     folders = _folders(job)
+    with working(job.out.with_name(f".{job.out.name}.scoring")) as held:
+        return _run(job, folders, held / "rows")
+
+
+def _run(job: ScoreJob, folders: dict[str, Path], work: Path) -> ScoreReport:
+    """work: a folder for what waits; it is gone at the end."""
     scorer = open_scorer(job.model, job.kind, device=job.device)
-    work = job.out.with_name(f".{job.out.name}.scoring")
     shutil.rmtree(work, ignore_errors=True)
-    make_folder(work.parent)
     summary, tallies = Summary(), list[rows.Tally]()
     try:
         waiting = {split: Sorter(work, split) for split in rows.SPLITS}

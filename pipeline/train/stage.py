@@ -1,13 +1,7 @@
-"""What the trainers share around the loop: rows in, a model folder out.
-
-All work is done in `.NAME.training` beside the model's folder, which appears by one rename when it is complete.
-"""
+"""What the trainers share around the loop: rows in, a model folder out."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,32 +10,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.config.settings import SplitSettings, TrainSettings
-from pipeline.errors import IncompleteError, UsageError
+from pipeline.errors import IncompleteError, StoppedError, UsageError
 from pipeline.lm.forward import prepare
-from pipeline.lm.load import (
-    Head,
-    Loaded,
-    check_tokenizer,
-    context_of,
-    load,
-    pick_device,
-    stored_dtype,
-)
+from pipeline.lm.load import Head, Loaded, check_tokenizer, context_of, load, pick_device
 from pipeline.lm.templates import Chat
-from pipeline.records import digest
-from pipeline.store import io_errors, make_folder, read_json, sync_folder, write_atomic
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, tokenise
-from pipeline.train.card import write_card
-from pipeline.train.curves import draw_curves
 from pipeline.train.layouts import Kind
 from pipeline.train.loop import Objective, Outcome, Progress, Refresher, Task, compute_dtype, fit, silence_dropout
-from pipeline.train.lora import ADAPTER, attach, merged, save_adapter
+from pipeline.train.lora import attach
+from pipeline.train.output import check_out, identity_of, publish, published, work_folder
 from pipeline.train.shards import fill, shard, skeleton
-from pipeline.train.trackers import TENSORBOARD, check_installed, following
-
-JOURNAL = "journal"
-"""The folder of a live judge's replies in that of the work; they are kept by what was asked, whatever the settings."""
+from pipeline.train.trackers import check_installed, following
 
 
 def _ignore(_: Any) -> None:
@@ -110,6 +90,7 @@ def train(
     other_models: fingerprints of models that take part, by what they do.
     """
     check_installed(job.trackers)
+    ranks.first(lambda: check_out(job.out, job.start, trainer=trainer))
     divides = ranks.together(lambda: check_divides(settings))
     loaded = ranks.together(lambda: load_start(job, settings, head, divides=divides))
     model = loaded.model
@@ -118,7 +99,7 @@ def train(
     data, tallies = ranks.together(lambda: read_data(job, settings, kind, chat, context_of(model.config)))
     counts, digests = counts_of(data), {name: each.digest for name, each in data.items()}
     made_with = [job.seed, loaded.fingerprint, *other_models.items(), *digests.values()]
-    identity = digest([trainer, settings.model_dump(mode="json", exclude={"parallel"}), *made_with])
+    identity = identity_of(trainer, settings, made_with)
     if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
@@ -229,6 +210,14 @@ def counts_of(data: dict[str, Data]) -> dict[str, Any]:
     return found
 
 
+def heed(job: Job, found: Iterator[rows.Row]) -> Iterator[rows.Row]:
+    """The rows, until the job is asked to stop: StoppedError."""
+    for row in found:
+        if job.should_stop():
+            raise StoppedError(f"{job.out}: stopped before the first step; the same command begins again")
+        yield row
+
+
 def read_data(
     job: Job, settings: TrainSettings, kind: Kind, chat: Chat, context: int
 ) -> tuple[dict[str, Data], list[rows.Tally]]:
@@ -239,7 +228,7 @@ def read_data(
     data: dict[str, Data] = {}
     for split in rows.SPLITS:
         own: list[rows.Tally] = []
-        found = rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=own)
+        found = heed(job, rows.read(job.sources, kind=kind, split=split, shares=job.shares, tallies=own))
         data[split] = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
         tell_read(job, split, data[split], own)
         tallies += own
@@ -277,91 +266,6 @@ def tell_read(job: Job, split: rows.Split, data: Data, tallies: Sequence[rows.Ta
     if split == "train" and not len(data):
         raise IncompleteError(f"{found}; no row is left: take a model whose template takes such turns")
     job.say(found)
-
-
-def publish(
-    model: Any,
-    adapted: Any,
-    tokenizer: Any,
-    job: Job,
-    folder: Path,
-    description: dict[str, Any],
-    *,
-    extras: Sequence[str] = (),
-) -> None:
-    """Writes the model's folder, in the dtype of its start, and puts it in its place; the work in progress goes.
-
-    adapted: what `attach` gave; then the model is the start with the adapter in its weights, and has it in a folder.
-    extras: further files of the work in progress that go along.
-    """
-    ready = folder / "ready"
-    shutil.rmtree(ready, ignore_errors=True)
-    with io_errors(ready):
-        if adapted:
-            save_adapter(adapted, model, ready / ADAPTER)
-            model = merged(job.start, ready / ADAPTER, like=model)
-        model.to(stored_dtype(job.start)).save_pretrained(ready)
-        tokenizer.save_pretrained(ready)
-        for name in ("metrics.jsonl", *extras):
-            shutil.copyfile(folder / name, ready / name)
-        if TENSORBOARD in job.trackers and (folder / TENSORBOARD).exists():
-            shutil.copytree(folder / TENSORBOARD, ready / TENSORBOARD)
-    draw_curves(ready / "metrics.jsonl", ready / "curves.png")
-    write_card(ready / "README.md", description)
-    write_atomic(ready / "training.json", json.dumps(description, indent=1).encode() + b"\n")
-    old = folder / "old"
-    with io_errors(job.out):
-        for path in ready.rglob("*"):
-            _sync(path)
-        if job.out.exists():
-            os.rename(job.out, old)
-        os.rename(ready, job.out)
-        sync_folder(job.out.parent)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        sync_folder(path)
-    else:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def published(out: Path, identity: str) -> dict[str, Any] | None:
-    """The description of a finished folder that was made from the same inputs."""
-    path = out / "training.json"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UsageError(f"{out}: not empty, and no model that was trained here; choose another name")
-        return None
-    found: dict[str, Any] = read_json(path)
-    return found if found.get("identity") == identity else None
-
-
-def work_path(out: Path) -> Path:
-    """Where a model is while it is made."""
-    return out.with_name(f".{out.name}.training")
-
-
-def work_folder(out: Path, identity: str, say: Callable[[str], None]) -> Path:
-    """The folder of work in progress; what was begun from other inputs is thrown away, but for paid replies."""
-    folder = work_path(out)
-    marker = folder / "identity"
-    if folder.exists() and not (marker.exists() and marker.read_text() == identity):
-        say(f"{folder}: was begun with other inputs; starting afresh")
-        _clear(folder)
-    make_folder(folder)
-    write_atomic(marker, identity.encode())
-    return folder
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and path.name != JOURNAL:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
 
 
 def _keep_pad_apart(model: Any, tokenizer: Any) -> None:

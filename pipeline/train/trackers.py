@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from pipeline.errors import UsageError
 from pipeline.records import Line
+from pipeline.store import io_errors, write_atomic
 
 TENSORBOARD = "tensorboard"
 """Its folder, of event files, inside that of the model."""
@@ -91,16 +92,20 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer: Any = SummaryWriter(str(folder))
+        self._folder = folder
+        with io_errors(folder):
+            self._writer: Any = SummaryWriter(str(folder))
         self.sent = -1
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with io_errors(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with io_errors(self._folder):
+            self._writer.close()
 
 
 class _Remote:
@@ -114,7 +119,7 @@ class _Remote:
         self._run = self._module.init(project=PROJECT, name=name, config=settings, resume="allow", **own)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._marker.write_text(str(step))
+        write_atomic(self._marker, str(step).encode())
         self._module.log(values, step=step)
 
     def close(self) -> None:

@@ -18,12 +18,13 @@ from pipeline.errors import EngineDown, StoppedError
 from pipeline.journal import Journal
 from pipeline.live_judge import live_judge
 from pipeline.train import rows
+from pipeline.train.output import JOURNAL, work_path
 from pipeline.train.ppo import train_ppo
-from pipeline.train.stage import JOURNAL, Job, work_path
+from pipeline.train.stage import Job
 from tests.pipeline.cli.test_torchrun import TORCHRUN, finish
 from tests.pipeline.lm.tiny import save_tiny
 from tests.pipeline.train.test_ppo import lines, weights
-from tests.pipeline.train.tiny_jobs import write_rows
+from tests.pipeline.train.tiny_jobs import asked_after_steps, write_rows
 from tests.support import CAI, Command, Server, environment
 
 Serve = Callable[..., Server]
@@ -55,7 +56,7 @@ def train(
     """keys: of `train_ppo`. judge, run: these sections. more: of the job."""
     tree = {"engine": {"backend": "scripted", "concurrency": 2}, "judge": judge or {}, "run": run or {}}
     settings = Settings.model_validate({**tree, "train_ppo": {**KEYS, **(keys or {})}})
-    job = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **more)
+    job = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **asked_after_steps(**more))
     folder, constitution, stopped = work_path(out) / JOURNAL, Constitution.load(default_path()), None
     with live_judge(settings, constitution, str(start), kind, folder=folder) as (found, source):
         try:

@@ -19,6 +19,7 @@ from pipeline.train.rewards import Source, open_reward_model
 from pipeline.train.scorers import ScorerKind
 from pipeline.train.stage import Job, Report
 from tests.pipeline.lm.tiny import save_tiny, tiny_tokenizer
+from tests.pipeline.train.tiny_jobs import asked_after_steps, run_job
 
 KEYS = {"batch_size": 8, "minibatch_size": 4, "max_tokens": 8, "learning_rate": 1e-3, "num_inner_epochs": 2}
 
@@ -44,8 +45,15 @@ def save_pair(folder: Path) -> tuple[Path, Path]:
 
 
 def run_ppo(data: Path, start: Path, reward_model: Path | None, out: Path, *, keys: Any = None, **job: Any) -> Report:
-    made = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **job)
+    made = Job(sources=[rows.Source(str(data))], start=str(start), out=out, **asked_after_steps(**job))
     return train_ppo(made, ppo_settings(**(keys or {})), reward_model=reward_model and str(reward_model))
+
+
+def run_any(trainer: str, data: Path, models: tuple[Path, Path], out: Path, **options: Any) -> Report:
+    """Any trainer. models: of `save_pair`."""
+    if trainer == "ppo":
+        return run_ppo(data, *models, out, **options)
+    return run_job(trainer, data, models[0], out, **options)
 
 
 def open_scores(model: Path, kind: ScorerKind, tokenizer: str, *, reencode: bool = False) -> Source:

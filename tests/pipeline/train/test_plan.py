@@ -36,17 +36,6 @@ def plan_sft(data: Path, start: Path, out: Path, *, scorer: Path | None = None, 
     return plan(job, settings, "sft", "language", metrics=names, scorer=scorer and str(scorer))
 
 
-def test_a_folder_with_something_else_in_it_is_refused(
-    start: Path, data: Path, reward_model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="not empty"):
-        plan_sft(data, start, tmp_path / "out")
-    with pytest.raises(UsageError, match="not empty"):
-        plan_ppo(job_of(data, start, tmp_path / "out"), ppo_settings(), reward_model=str(reward_model))
-
-
 def test_a_metric_that_no_evaluation_has_is_refused_as_the_training_refuses_it(
     start: Path, data: Path, reward_model: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pipeline.config.settings import Settings
 from pipeline.train import rows
 from pipeline.train.batches import Data
 from pipeline.train.dpo import Preference, train_dpo
-from pipeline.train.loop import Objective
+from pipeline.train.loop import Objective, Progress
 from pipeline.train.reference import compute_logps
 from pipeline.train.rm import Comparisons, train_rm
 from pipeline.train.rrhf import train_rrhf
@@ -69,8 +69,26 @@ def run_job(
     section = f"train_{trainer}"
     tree = {section: {"batch_size": 8, "learning_rate": 1e-3, "epochs": 1, **(keys or {})}}
     settings = getattr(Settings.model_validate(tree), section)
-    made = Job(**{"sources": [rows.Source(str(data))], "start": str(start), "out": out, **job})
+    made = Job(**{"sources": [rows.Source(str(data))], "start": str(start), "out": out, **asked_after_steps(**job)})
     return TRAINERS[trainer](made, settings, **({"score": score} if score else {}))
+
+
+def asked_after_steps(**job: Any) -> dict[str, Any]:
+    """A job's options with a `should_stop` that is asked once a step, and not before the first one.
+
+    heeds: in its place, one that is asked whenever training asks.
+    """
+    stepped: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        stepped.append(progress)
+        if "watch" in job:
+            job["watch"](progress)
+
+    if heeds := job.pop("heeds", None):
+        return {**job, "should_stop": heeds}
+    asks = {"should_stop": lambda: bool(stepped) and job["should_stop"]()} if "should_stop" in job else {}
+    return {**job, "watch": watch, **asks}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
