@@ -6,7 +6,7 @@ import pytest
 
 from constitution.principles import Constitution
 from constitution.wording import COMPARISON_LABELS
-from pipeline.nano import lessons, measure, words, world
+from pipeline.nano import lessons, words, world
 from pipeline.nano.lessons import Candidate
 
 
@@ -87,9 +87,3 @@ def test_an_edited_principle_is_the_same_principle_in_fewer_words():
     edited = lessons.edit_principle(Random(1), principle)
     assert (edited.id, edited.about) == (principle.id, principle.about)
     assert 0 < len(principle.comparison.split()) - len(edited.comparison.split()) <= 3
-
-
-def test_the_interval_is_wilsons():
-    # Newcombe 1998, table I: 81 of 263 and 15 of 148.
-    assert measure.rate([True] * 81 + [False] * 182)[:3] == (30.8, 25.5, 36.6)
-    assert measure.rate([True] * 15 + [False] * 133)[:3] == (10.1, 6.2, 16.0)

@@ -50,7 +50,9 @@ def run_ppo(data: Path, start: Path, reward_model: Path | None, out: Path, *, ke
 
 
 def run_any(trainer: str, data: Path, models: tuple[Path, Path], out: Path, **options: Any) -> Report:
-    """Any trainer. models: of `save_pair`."""
+    """Any trainer. models: of `save_pair`. What is said of the sources is not told."""
+    if say := options.pop("say", None):
+        options["say"] = lambda message: None if "rows used" in message else say(message)
     if trainer == "ppo":
         return run_ppo(data, *models, out, **options)
     return run_job(trainer, data, models[0], out, **options)

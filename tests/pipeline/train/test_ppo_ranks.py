@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import UsageError
+from pipeline.train.ppo import plan_ppo
+from pipeline.train.rows import Source
+from pipeline.train.stage import Job
 from tests.pipeline.train.in_two import train_in_two
-from tests.pipeline.train.ppo_jobs import run_ppo, save_pair
+from tests.pipeline.train.ppo_jobs import ppo_settings, run_ppo, save_pair
 from tests.pipeline.train.test_ppo import lines
 from tests.pipeline.train.tiny_jobs import write_rows
 
@@ -81,5 +84,6 @@ def test_a_function_scores_what_both_processes_drew(folder: Path) -> None:
 
 def test_a_divided_policy_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.train.ranks.size", lambda: 2)
+    job = Job(sources=[Source(str(folder / "rows.jsonl"))], start=str(folder / "start"), out=tmp_path / "ppo")
     with pytest.raises(UsageError, match=r"^parallel: fsdp: .*; use parallel: ddp$"):
-        alone(folder, tmp_path / "ppo", parallel="fsdp")
+        plan_ppo(job, ppo_settings(parallel="fsdp"), reward_model=str(folder / "rm"))

@@ -228,7 +228,9 @@ def test_a_row_longer_than_the_context_is_named_with_its_length(data: Path, tmp_
     save_tiny(tmp_path / "start", context=48)
     said: list[str] = []
     run_job("sft", data, tmp_path / "start", tmp_path / "sft", say=said.append)
-    found = re.search(r"train: (\d+) rows longer than 48 tokens left out, the longest (row\d+) with (\d+)", "\n".join(said))
+    found = re.search(
+        r"train: (\d+) rows longer than 48 tokens left out, the longest (row\d+) with (\d+)", "\n".join(said)
+    )
     assert found, said
     chat = Chat(AutoTokenizer.from_pretrained(tmp_path / "start"))
     lengths = {
