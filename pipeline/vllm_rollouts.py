@@ -8,10 +8,10 @@ ahead with older weights.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,9 @@ from pipeline.train.loop import compute_dtype
 
 _SEEDS = 1 << 63
 """Fewer than training has."""
+_LOOK_S = 1.0
+"""Between two looks at whether vLLM's core is alive."""
+T = TypeVar("T")
 
 
 class VllmSampler:
@@ -76,8 +79,9 @@ class VllmSampler:
             return self._model
         await self._model.wake()
         if reads:
-            await self._model.llm.collective_rpc(ReadsAgain.read_weights_again.__name__)
-            if not await self._model.llm.reset_prefix_cache():
+            llm = self._model.llm
+            await _answer(llm, llm.collective_rpc(ReadsAgain.read_weights_again.__name__))
+            if not await _answer(llm, llm.reset_prefix_cache()):
                 raise EngineDown("vLLM kept prefixes of older weights; run again")
         return self._model
 
@@ -87,8 +91,19 @@ class VllmSampler:
 
         self._num_adapters += 1
         lora = LoRARequest(str(self._num_adapters), self._num_adapters, str(adapter))
-        await model.llm.add_lora(lora)
+        await _answer(model.llm, model.llm.add_lora(lora))
         return lora
+
+
+async def _answer(llm: Any, call: Coroutine[Any, Any, T]) -> T:
+    """What vLLM's core says to a call. One that was sent just before the core died gets no answer, ever."""
+    task = asyncio.ensure_future(call)
+    while not task.done():
+        await asyncio.wait([task], timeout=_LOOK_S)
+        if llm.errored and not task.done():
+            task.cancel()
+            raise llm.dead_error
+    return task.result()
 
 
 async def _continue(model: VllmModel, row: Row, lora: Any) -> None:
