@@ -71,6 +71,8 @@ def load(
     logging.disable_progress_bar()  # what goes to stderr is the caller's affair
     where, base = pick_device(device), base_of(model)
     config, tokenizer = load_config(model, revision=revision), load_tokenizer(model, revision=revision)
+    if head == "language" and any("SequenceClassification" in name for name in config.architectures or ()):
+        raise EngineRefused(f"model {model}: a reward model, which says nothing; give the language model it came from")
     kind = pick_dtype(dtype, where, config)
     # The fused attention kernels leave out the soft cap on attention scores (Gemma 2).
     attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.errors import EngineRefused
 from pipeline.lm.check import check_decoding
@@ -92,6 +93,15 @@ def test_a_folder_without_a_model_or_with_pickled_weights_is_refused(folder: Pat
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(EngineRefused, match="safetensors"):
         load(str(folder))
+
+
+def test_a_reward_model_is_no_language_model(folder: Path, tmp_path: Path) -> None:
+    """Its folder has no head that says anything, and transformers would make one up."""
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "rm")
+    assert load(str(tmp_path / "rm"), head="score").model.score.weight.shape[0] == 1
+    with pytest.raises(EngineRefused, match="rm: a reward model, which says nothing; give the language model"):
+        load(str(tmp_path / "rm"))
 
 
 def test_a_broken_weight_file_is_refused(folder: Path) -> None:
