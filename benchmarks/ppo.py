@@ -33,6 +33,8 @@ PROMPT_TOKENS = (85, 125)
 """Least and most, uniform."""
 ODDS_OF_END = {"full": 1e-9, "half": 0.0248}
 """Of each token: none ends before the limit, or they end after half of it on average."""
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""Of the chat model that a trainer asks for; the prompts are tokens already."""
 ARMS = ("separate", "joint", "TRL", "no-gc")
 """Ours with a value model or a value head; TRL as it is, and without its garbage collections."""
 
@@ -96,7 +98,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         training_jobs.set_odds_of_end(folder, odds)
         torch.manual_seed(1)
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder / "rm")
-        AutoTokenizer.from_pretrained(folder).save_pretrained(folder / "rm")
+        chat = AutoTokenizer.from_pretrained(folder)
+        chat.chat_template = TEMPLATE
+        for each in (folder, folder / "rm"):
+            chat.save_pretrained(each)
     draw = random.Random(SEED)
     prompts = [
         [draw.randrange(2, training_jobs.VOCABULARY) for _ in range(draw.randint(*PROMPT_TOKENS))]
