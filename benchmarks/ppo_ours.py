@@ -33,7 +33,13 @@ PARTS = ("rollout", "score", "update")
 
 def settings_of(job: dict[str, Any]) -> TrainPpoSettings:
     keys = {name: job[name] for name in ("batch_size", "max_tokens", "learning_rate", "num_inner_epochs", "value")}
-    more = {"minibatch_size": job["batch_size"], "precision": "float32", "missing_eos_penalty": 0.0, "warmup": 0.0}
+    more = {
+        "minibatch_size": job["batch_size"],
+        "precision": "float32",
+        "missing_eos_penalty": 0.0,
+        "warmup": 0.0,
+        "microbatch_tokens": 1 << 14,
+    }
     return Settings.model_validate({"train_ppo": {**keys, **more}}).train_ppo
 
 
@@ -54,17 +60,22 @@ def machine_rate(weights: list[Any], num_tokens: int) -> float:
 
 
 def update_rate(lines: list[dict[str, Any]], task: Task) -> float:
-    """GFLOP/s of a step's updates, the linear layers' operations alone; the head's on completions only."""
+    """GFLOP/s of a step's updates, the linear layers' operations alone, and of these what is really computed.
+
+    The head and the last layer's MLP see the tokens of completions only; the first forward pass is the rollouts'.
+    """
     networks, settings = task.networks, task.settings
     prompt = statistics.mean(task.prompts.data.num_tokens(row) for row in range(len(task.prompts)))
     backbones = [networks.policy, *([networks.value_model] if networks.value_model is not None else [])]
-    layers = sum(weight.numel() for model in backbones for weight in linears(model))
-    head = networks.policy.get_output_embeddings().weight.numel()
+    last = sum(weight.numel() for model in backbones for weight in linears(model.base_model.layers[-1].mlp))
+    rest = sum(weight.numel() for model in backbones for weight in linears(model.base_model)) - last
+    last += networks.policy.get_output_embeddings().weight.numel()
+    passes = 3 * settings.num_inner_epochs - 1  # forward, and backward for input and weight
     rates = []
     for line in lines:
         completion = line["rollout/length"]
-        operations = 6 * settings.batch_size * ((prompt + completion) * layers + completion * head)
-        rates.append(operations * settings.num_inner_epochs / line["seconds/update"] / 1e9)
+        multiplied = settings.batch_size * ((prompt + completion - 1) * rest + completion * last)
+        rates.append(2 * passes * multiplied / line["seconds/update"] / 1e9)
     return statistics.median(rates)
 
 
@@ -101,7 +112,7 @@ def main() -> None:
         "length": statistics.mean(line["rollout/length"] for line in lines),
         "parts": {part: statistics.mean(line[f"seconds/{part}"] for line in lines) for part in PARTS},
         "update": update_rate(lines, task),
-        "machine": machine_rate(linears(networks.policy), num_tokens),
+        "machine": machine_rate(linears(networks.policy.base_model), num_tokens),
     }))  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """Log-probabilities of completions: the one primitive of all training stages.
 
 A prompt runs through the backbone once for its k completions: k = 1 in SFT, 2 in DPO, more in reward models and RRHF.
-The head sees the positions that predict a completion's tokens, and no others.
+The last layer's MLP and the head see the positions that predict a completion's tokens, and no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +56,7 @@ def completion_logps(model: Any, groups: Sequence[Group]) -> Logps:
 
 def completion_states(model: Any, groups: Sequence[Group]) -> Tensor:
     """(M, H) hidden states in which each token of each completion is drawn; model: with any head."""
-    states = _run(model, groups, last_token=False)
-    predicting = torch.cat([torch.cat([before, own]) for before, own in zip(states.before, states.own, strict=True)])
-    return states.hidden[predicting.to(model.device)]
+    return _run(model, groups, last_token=False)
 
 
 def logps_from_states(model: Any, states: Tensor, groups: Sequence[Group], *, temperature: float = 1.0) -> Logps:
@@ -75,9 +74,7 @@ def entropies_from_states(model: Any, states: Tensor, *, temperature: float = 1.
 
 def completion_ends(model: Any, groups: Sequence[Group]) -> Tensor:
     """(N, H) hidden states at the last token of each completion; model: with any head, as `prepare` leaves it."""
-    states = _run(model, groups, last_token=True)
-    ends = torch.stack([own[-1] for own in states.own])
-    return states.hidden[ends.to(model.device)]
+    return _run(model, groups, last_token=True)
 
 
 def prepare(model: Any) -> None:
@@ -99,60 +96,79 @@ def prepare(model: Any) -> None:
     )
 
 
-class _States(NamedTuple):
-    """hidden: (S, H). before, own: for each of N completions, rows of hidden: (1,) before it, (C,) of its tokens."""
-
-    hidden: Tensor
-    before: list[Tensor]
-    own: list[Tensor]
-
-
-def _run(model: Any, groups: Sequence[Group], *, last_token: bool) -> _States:
-    """The backbone's last hidden states. last_token: also of each completion's last token, which predicts nothing."""
+def _run(model: Any, groups: Sequence[Group], *, last_token: bool) -> Tensor:
+    """The backbone's last hidden states: of each completion's last token, or those in which each token is drawn."""
     prompts = [group.prompt for group in groups]
     inputs = [[c if last_token else c[:-1] for c in group.completions] for group in groups]
-    if model.config._attn_implementation == PACKED:
-        return _run_packed(model, prompts, inputs)
-    return _run_rows(model, prompts, inputs)
+    run = _run_packed if model.config._attn_implementation == PACKED else _run_rows
+    return run(model, prompts, inputs, last_token)
 
 
-def _run_packed(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]) -> _States:
+def _run_packed(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], last_token: bool) -> Tensor:
     row = pack(prompts, inputs)
-    hidden = model.base_model(
-        input_ids=row.token_ids.to(model.device),
-        position_ids=row.position_ids.to(model.device),
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device),  # packed_attention has its own
-        use_cache=False,
-        spans=row.spans,
-    ).last_hidden_state[0]
-    before, own, at = [], [], 0
+    wanted, at = [], 0
     for prompt, completions in row.spans.groups:
         at += prompt
-        last = torch.tensor([at - 1])
+        before = torch.tensor([at - 1])
         for length in completions:
-            before.append(last)
-            own.append(torch.arange(at, at + length))
+            own = torch.arange(at, at + length)
+            wanted.append(own[-1:] if last_token else torch.cat([before, own]))
             at += length
-    return _States(hidden, before, own)
+    places = torch.cat(wanted)
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # packed_attention makes the real one
+    with _last_mlp_at(model, places.unique().to(model.device), num_tokens=at):
+        hidden = model.base_model(
+            input_ids=row.token_ids.to(model.device),
+            position_ids=row.position_ids.to(model.device),
+            attention_mask=no_mask,
+            use_cache=False,
+            spans=row.spans.joined,
+        ).last_hidden_state[0]
+    return hidden[places.to(model.device)]
 
 
-def _run_rows(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]) -> _States:
+@contextmanager
+def _last_mlp_at(model: Any, places: Tensor, *, num_tokens: int) -> Iterator[None]:
+    """Behind the last layer's attention nobody looks at the other tokens of a row, so its MLP leaves them out.
+
+    Not with gradient checkpointing, which runs the layer once more when this has ended.
+    """
+    layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None or (model.training and model.is_gradient_checkpointing):
+        yield
+        return
+
+    def leave_out(_: Any, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0][:, places]
+
+    def put_back(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output.new_zeros(1, num_tokens, output.shape[-1]).index_copy(1, places, output)
+
+    hooks = mlp.register_forward_pre_hook(leave_out), mlp.register_forward_hook(put_back)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run_rows(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], last_token: bool) -> Tensor:
     """Each completion behind its own copy of the prompt, padded on the right."""
     pairs = [(prompt, completion) for prompt, group in zip(prompts, inputs, strict=True) for completion in group]
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     tokens = torch.zeros(len(pairs), width, dtype=torch.long)
     mask = torch.zeros(len(pairs), width, dtype=torch.bool)
-    before, own = [], []
+    wanted = []
     for n, (prompt, completion) in enumerate(pairs):
-        start, end = len(prompt), len(prompt) + len(completion)
+        end = len(prompt) + len(completion)
         tokens[n, :end] = torch.cat([prompt, completion])
         mask[n, :end] = True
-        before.append(torch.tensor([n * width + start - 1]))
-        own.append(torch.arange(n * width + start, n * width + end))
+        wanted.append(torch.arange(end - 1 if last_token else len(prompt) - 1, end) + n * width)
     hidden = model.base_model(
         input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False
     ).last_hidden_state
-    return _States(hidden.flatten(0, 1), before, own)
+    return hidden.flatten(0, 1)[torch.cat(wanted).to(model.device)]
 
 
 def _head(model: Any) -> dict[str, Any]:

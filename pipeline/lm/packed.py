@@ -31,6 +31,11 @@ class Spans(NamedTuple):
     def lengths(self) -> list[int]:
         return [length for prompt, completions in self.groups for length in (prompt, *completions)]
 
+    @property
+    def joined(self) -> Spans:
+        """The same, with a prompt and its only completion as one piece: attention cannot tell them apart."""
+        return Spans(tuple((p + c[0], ()) if len(c) == 1 else (p, c) for p, c in self.groups))
+
 
 class Packed(NamedTuple):
     """token_ids, position_ids: (1, T); a completion's positions go on from its prompt's."""

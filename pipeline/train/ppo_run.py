@@ -20,7 +20,7 @@ from pipeline.train.advantages import adapted_kl_coef
 from pipeline.train.batches import Data, steps_per_epoch
 from pipeline.train.best import Best
 from pipeline.train.lines import LineFile
-from pipeline.train.loop import Outcome
+from pipeline.train.loop import Outcome, enough_memory
 from pipeline.train.networks import Networks
 from pipeline.train.optimizer import load_state, state_tensors
 from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
@@ -85,10 +85,19 @@ class Run:
         return {"step": self.step, "epoch": epoch, "episodes": self.num_episodes}
 
     def roll_out(self, prompts: Prompts, batch: list[int], *, step: int) -> Rollouts:
-        seed, num_samples = [self.task.seed, step], self.settings.num_samples if step != EVAL else 1
-        return roll_out(
-            self.task.networks, self.task.chat, prompts, batch, seed=seed, num_samples=num_samples, draw=self.draw
-        )
+        """step: EVAL, or the one whose updates follow."""
+        settings = self.settings
+        with enough_memory(self.where, prompts.data, batch):
+            return roll_out(
+                self.task.networks,
+                self.task.chat,
+                prompts,
+                batch,
+                seed=[self.task.seed, step],
+                num_samples=settings.num_samples if step != EVAL else 1,
+                draw=self.draw,
+                keep_graph=step != EVAL and settings.minibatch_size >= len(batch),
+            )
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """(B,) of a step's rollouts. If those who give the scores end the training, the steps before are saved."""

@@ -7,7 +7,7 @@ into microbatches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -29,12 +29,12 @@ from pipeline.train.advantages import (
     token_rewards,
     whiten,
 )
-from pipeline.train.batches import Data, batch_at, own_microbatches
+from pipeline.train.batches import Data, batch_at, own_microbatches, pass_tokens
 from pipeline.train.loop import Tally, Terms, autocast, enough_memory
 from pipeline.train.losses import ppo_policy_loss, ppo_value_loss, sft_loss
-from pipeline.train.networks import Networks, Parameters
+from pipeline.train.networks import Networks, Parameters, Predictions
 from pipeline.train.optimizer import make_optimizer
-from pipeline.train.rollouts import Rollouts, completions_of, take
+from pipeline.train.rollouts import Ahead, Rollouts, completions_of, take
 
 ADAM_EPS = 1e-5
 """Huang et al., "The N implementation details of RLHF with PPO"."""
@@ -116,7 +116,8 @@ def update(
         for learner in learners.values():
             learner.optimizer.zero_grad(set_to_none=True)
         own = Tally()
-        ranks.together(partial(backward, networks, rollouts, targets, rows, own.add, where=where))
+        ahead = rollouts.ahead if number == 0 else ()
+        ranks.together(partial(backward, networks, rollouts, targets, rows, own.add, where=where, ahead=ahead))
         approxkl = own.means()["policy/approxkl"]
         if settings.max_approxkl is not None and approxkl > settings.max_approxkl:
             break
@@ -153,29 +154,37 @@ def backward(
     note: Callable[[Terms], None],
     *,
     where: str,
+    ahead: Sequence[Ahead] = (),
 ) -> None:
     """Adds the gradient of a minibatch's loss: policy, value and entropy terms, each its mean over the tokens.
 
-    Of several processes each adds its share.
+    Of several processes each adds its share. ahead: its forward pass, where that is done already.
     """
-    data = rollouts.data
+    data, settings = rollouts.data, networks.settings
     num_tokens = int(rollouts.completion_mask[completions_of(data, rows)].sum())
-    for part in own_microbatches(data, rows, max_tokens=networks.settings.microbatch_tokens):
+    size = pass_tokens(settings.microbatch_tokens, rollouts.completion_mask.device)
+    fresh = ((part, None) for part in own_microbatches(data, rows, max_tokens=size))
+    parts: Iterable[tuple[list[int], Predictions | None]] = ahead or fresh
+    for part, found in parts:
         with enough_memory(where, data, part):
-            terms = ppo_terms(networks, rollouts, targets, part)
+            if found is None:
+                groups = [data.group(row) for row in part]
+                found = networks.predict(groups, with_entropies=settings.entropy_coef > 0)
+            terms = ppo_terms(settings, found, rollouts, targets, part)
             (terms.losses.sum() / num_tokens).backward()
         note(terms)
 
 
-def ppo_terms(networks: Networks, rollouts: Rollouts, targets: Targets, rows: Sequence[int]) -> Terms:
-    """The loss of every token of these rows, (M,), and what is measured of it."""
-    settings, mask = networks.settings, rollouts.completion_mask
+def ppo_terms(
+    settings: TrainPpoSettings, found: Predictions, rollouts: Rollouts, targets: Targets, rows: Sequence[int]
+) -> Terms:
+    """The loss of every token of these rows, (M,), and what is measured of it. found: of them, now."""
+    mask = rollouts.completion_mask
     numbers = completions_of(rollouts.data, rows)
 
     def of(padded: Tensor) -> Tensor:
         return take(padded, numbers, mask)
 
-    found = networks.predict([rollouts.data.group(row) for row in rows], with_entropies=settings.entropy_coef > 0)
     old_logps = of(rollouts.logps)
     policy = ppo_policy_loss(found.logps, old_logps, of(targets.advantages), cliprange=settings.cliprange)
     losses = policy.losses

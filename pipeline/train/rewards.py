@@ -19,7 +19,7 @@ from pipeline.dataset_folder import file_sha256
 from pipeline.errors import UsageError
 from pipeline.lm.templates import Chat
 from pipeline.train import ranks
-from pipeline.train.batches import Data, own_share, tokenise
+from pipeline.train.batches import Data, own_share, pass_tokens, tokenise
 from pipeline.train.rollouts import Rollouts
 from pipeline.train.rows import Row
 from pipeline.train.scorers import ScorerKind, open_scorer
@@ -56,7 +56,8 @@ def open_reward_model(
     def score(rollouts: Rollouts) -> Tensor:
         data = ranks.together(lambda: reencoded(rollouts, scorer.chat)) if is_other else rollouts.data
         own = own_share(data, range(len(data)))
-        scores = ranks.together(lambda: scorer(data, max_tokens=max_tokens, rows=own))
+        size = pass_tokens(max_tokens, scorer.model.device)
+        scores = ranks.together(lambda: scorer(data, max_tokens=size, rows=own))
         ranks.add_up([scores])
         return scores.to(rollouts.logps.device)
 

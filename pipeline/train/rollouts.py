@@ -19,11 +19,18 @@ from pipeline.lm import decode
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import ranks
-from pipeline.train.batches import Data, own_microbatches
-from pipeline.train.networks import Networks
+from pipeline.train.batches import Data, microbatches, own_share, pass_tokens
+from pipeline.train.networks import Networks, Predictions
 from pipeline.train.prompts import Prompts
 from pipeline.train.rows import Row
 from pipeline.train.samplers import Draw, draw_here
+
+
+class Ahead(NamedTuple):
+    """What the networks said of these rows' completions; gradients can still flow back through it, once."""
+
+    rows: list[int]
+    predictions: Predictions
 
 
 class Rollouts(NamedTuple):
@@ -32,7 +39,7 @@ class Rollouts(NamedTuple):
     data: their tokens, a row for each prompt. conversations: (R,). texts: (B,), a prompt's one after the other.
     has_ended: (B,) by itself, within max_tokens. completion_mask: (B, T).
     sampler_logps, logps, ref_logps: (B, T) as drawn, under the policy again, under the starting model; values: (B, T),
-    0 without a value function. All 0 where the mask is False.
+    0 without a value function. All 0 where the mask is False. ahead: see `roll_out`.
     """
 
     data: Data
@@ -44,6 +51,7 @@ class Rollouts(NamedTuple):
     logps: Tensor
     ref_logps: Tensor
     values: Tensor
+    ahead: tuple[Ahead, ...] = ()
 
     @property
     def kl(self) -> Tensor:
@@ -60,8 +68,13 @@ def roll_out(
     seed: Sequence[int],
     num_samples: int,
     draw: Draw = draw_here,
+    keep_graph: bool = False,
 ) -> Rollouts:
-    """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn."""
+    """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn.
+
+    keep_graph: an update over all of it comes next, before any weight changes. If it is no more than a microbatch, the
+    pass that reads it is then that update's forward pass too: `ahead`.
+    """
     waiting = _waiting(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
     drawn = _drawn(networks, waiting, draw, num_samples=num_samples)
     data, texts = Data(), [chat.text(one.completion) for one in drawn]
@@ -82,7 +95,7 @@ def roll_out(
         torch.tensor([one.finish_reason == "stop" for one in drawn], device=device),
         mask,
         sampler_logps,
-        *_read(networks, data, mask),
+        *_read(networks, data, mask, keep_graph=keep_graph),
     )
 
 
@@ -120,22 +133,31 @@ def draw_seed(*numbers: int) -> int:
 
 
 @torch.no_grad()
-def _read(networks: Networks, data: Data, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read(
+    networks: Networks, data: Data, mask: Tensor, *, keep_graph: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Ahead, ...]]:
     """(B, T) each: logps, ref_logps, values."""
-    logps, ref_logps, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    settings, device = networks.settings, mask.device
+    logps, ref_logps, values = (torch.zeros(mask.shape, device=device) for _ in range(3))
+    own = own_share(data, range(len(data)))
+    keep_graph = keep_graph and sum(map(data.num_tokens, own)) <= settings.microbatch_tokens
+    aheads = []
 
     def read() -> None:
-        for rows in own_microbatches(data, range(len(data)), max_tokens=networks.settings.microbatch_tokens):
+        for rows in microbatches(data, own, max_tokens=pass_tokens(settings.microbatch_tokens, device)):
             groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
-            found = networks.predict(groups)
-            put(logps, numbers, mask, found.logps)
             put(ref_logps, numbers, mask, networks.reference_logps(groups))
+            with torch.set_grad_enabled(keep_graph):
+                found = networks.predict(groups, with_entropies=keep_graph and settings.entropy_coef > 0)
+            put(logps, numbers, mask, found.logps)
             if found.values is not None:
                 put(values, numbers, mask, found.values)
+            if keep_graph:
+                aheads.append(Ahead(rows, found))
 
     ranks.together(read)
     ranks.add_up([logps, ref_logps, values])
-    return logps, ref_logps, values
+    return logps, ref_logps, values, tuple(aheads)
 
 
 def completions_of(data: Data, rows: Sequence[int]) -> list[int]:
@@ -143,6 +165,7 @@ def completions_of(data: Data, rows: Sequence[int]) -> list[int]:
     return [number for row in rows for number in data.completions(row)]
 
 
+@torch.no_grad()
 def put(padded: Tensor, numbers: list[int], mask: Tensor, tokens: Tensor) -> None:
     """Writes the tokens of these completions, (M,), into their rows of padded, (B, T)."""
     own = torch.zeros_like(padded[numbers])

@@ -102,6 +102,19 @@ def test_a_completion_does_not_depend_on_what_is_packed_with_it() -> None:
     assert torch.allclose(torch.cat(backwards.split(counts)[::-1]), together.sums, atol=1e-5, rtol=0)
 
 
+def test_the_last_mlp_sees_the_tokens_that_predict_alone() -> None:
+    model = tiny("llama")
+    prepare(model)
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    groups = draw_groups()
+    completion_logps(model, groups)
+    behind = [sum(len(c) - 1 for c in group.completions) for group in groups]  # the last token predicts nothing
+    assert set(seen[:-1]) == {sum(len(group.prompt) for group in groups) + sum(behind)}
+    assert seen[-1] == len(groups) + sum(behind)  # a prompt's end predicts the first tokens
+
+
 def test_sums_and_means_are_those_of_each_completion() -> None:
     model, groups = tiny("gpt2"), draw_groups()
     logps = completion_logps(model, groups)

@@ -205,6 +205,27 @@ def test_the_loss_of_a_minibatch_does_not_depend_on_its_microbatches(models: tup
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
+@pytest.mark.parametrize("value", ["separate", "joint"])
+def test_the_pass_over_rollouts_that_fit_is_their_first_update_s_too(value: str, models: tuple[Path, Path]) -> None:
+    gradients, passes = [], list[Any]()
+    for keep_graph in (True, False):
+        networks, chat, prompts, source = opened(*models, value=value, entropy_coef=0.1)
+        networks.policy.base_model.register_forward_hook(lambda *found: passes.append(found))
+        rollouts = some_rollouts(networks, chat, prompts, keep_graph=keep_graph)
+        targets = aim(rollouts, source.score(rollouts), networks.settings, kl_coef=KL_COEF)
+        passes.clear()
+        backward(networks, rollouts, targets, range(6), lambda terms: None, where="here", ahead=rollouts.ahead)
+        assert len(passes) == (0 if keep_graph else 1)
+        gradients.append([p.grad.clone() for own in networks.parameters.values() for p in own.values()])
+    for ahead, again in zip(*gradients, strict=True):
+        assert (ahead - again).norm() <= 1e-5 * again.norm()
+
+
+def test_no_graph_is_kept_of_rollouts_beyond_a_microbatch(models: tuple[Path, Path]) -> None:
+    networks, chat, prompts, _ = opened(*models, microbatch_tokens=40)
+    assert some_rollouts(networks, chat, prompts, keep_graph=True).ahead == ()
+
+
 def test_the_entropy_bonus_raises_the_entropy(models: tuple[Path, Path]) -> None:
     """Its gradient alone: advantages are 0 and there is no value function."""
     networks, chat, prompts, _ = opened(*models, entropy_coef=1.0, advantages="policy-gradient")
