@@ -26,8 +26,9 @@ results: $(SET_UP)
 	$(MAKE) demo
 
 # A file's tests share what they set up, so that a file stays in one process; one thread each, for the processes share the cores.
+# In the order of tests/conftest.py, and not by how many tests a file has.
 test: $(SET_UP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # vLLM brings versions of its own, so that it has an environment of its own: the build for CPUs, which tests need.
 VLLM := .venv-vllm
