@@ -221,7 +221,11 @@ def _read_prompts(
 ) -> tuple[dict[str, Prompts], list[rows.Tally]]:
     """Of both splits, each short enough for a completion. Raises UsageError (2) if none is."""
     tallies: list[rows.Tally] = []
-    room = min(settings.max_length or context, context) - settings.max_tokens
+    length = min(settings.max_length or context, context)
+    room = length - settings.max_tokens
+    if room < 1:
+        said = f"{settings.max_tokens} leave no prompt of the {length} tokens"
+        raise UsageError(f"train_ppo.max_tokens: {said}; lower it")
     cure = "lower max_tokens" + (", or set too_long: cut" if settings.too_long == "drop" else "")
     found: dict[str, Prompts] = {}
     for split in rows.SPLITS:

@@ -257,6 +257,8 @@ def test_prompts_longer_than_the_context_are_left_out_or_cut(
     assert (report.counts["train"]["rows"], report.counts["train"]["cut"]) == (4, 2)
     with pytest.raises(UsageError, match="longer than 2 tokens"):
         run_ppo(long, *models, tmp_path / "none", keys={"max_length": 10})
+    with pytest.raises(UsageError, match="8 leave no prompt of the 8 tokens"):
+        run_ppo(long, *models, tmp_path / "none", keys={"max_length": 8})
 
 
 def test_baselines_that_compare_samples_need_two_of_them() -> None:
