@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.load import read_file
-from pipeline.config.settings import Settings, SplitSettings, TrainPpoSettings
+from pipeline.config.settings import Settings, TrainPpoSettings
 from pipeline.errors import StoppedError
 from pipeline.evaluate.behaviour import FAULTS, Tally
 from pipeline.evaluate.held_out import requests
@@ -35,7 +35,7 @@ from pipeline.train.networks import open_networks
 from pipeline.train.ppo import optimise
 from pipeline.train.ppo_run import EVAL, Task
 from pipeline.train.ppo_update import shaped_scores
-from pipeline.train.prompts import Prompts, read_prompts, tokenise_prompts
+from pipeline.train.prompts import Prompts, tokenise_prompts
 from pipeline.train.rewards import open_reward_model
 from pipeline.train.rollouts import roll_out
 
@@ -102,8 +102,8 @@ def open_task(run: Path, start: str, arm: Arm, folder: Path) -> tuple[Task, list
         device="cpu",
     )
     networks = open_networks(loaded.model, start, source.model, settings, device="cpu")
-    of_run = [rows.Source(str(run))]
-    prompts = read_prompts(of_run, chat, "train", SplitSettings(), [], max_length=1000, too_long="drop")
+    of_run = rows.read([rows.Source(str(run))], kind="prompts", split="train")
+    prompts = tokenise_prompts(of_run, chat, max_length=1000, too_long="drop")
     ptx = lessons(chat, NUM_PTX, PTX_SEED) if settings.ptx_coef else None
     task = Task(networks, chat, prompts, Prompts(Data(), []), ptx, source.score, settings, folder, arm.seed)
     return task, [settings.model_dump(mode="json"), loaded.fingerprint, source.fingerprint, prompts.data.digest]
