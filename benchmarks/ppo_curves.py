@@ -1,7 +1,8 @@
 """One PPO training on the embedded world, watched: the curves that ppo_figures.py puts together.
 
 Every few steps held-out requests are answered, scored by the reward model and graded by the world, and the loss on
-held-out pretraining text is taken. The policy is measured as it is after that step; nothing selects a best one.
+text like the SFT model's own is taken: what the SFT models of the study's other seeds learned. The policy is measured
+as it is after that step; nothing selects a best one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ from pipeline.lm.forward import completion_logps
 from pipeline.lm.load import ends, load
 from pipeline.lm.templates import Chat
 from pipeline.nano import path as base_model
-from pipeline.nano.lessons import draw_lesson
 from pipeline.records import Line, digest
 from pipeline.train import rows
 from pipeline.train.batches import Data, microbatches, tokenise
@@ -40,9 +39,8 @@ from pipeline.train.rewards import open_reward_model
 from pipeline.train.rollouts import roll_out
 
 CONFIG = Path(__file__).parents[1] / "examples" / "nano.yaml"
-CASES, NUM_LESSONS, NUM_PTX = 300, 400, 3000
-"""Held-out requests, half of them harmful; lessons whose loss is taken; lessons that ptx learns from."""
-LESSON_SEED, PTX_SEED = 101, 102
+CASES = 300
+"""Held-out requests, half of them harmful."""
 SMOOTHED = 3
 """Batches whose mean score must be at the target."""
 NEVER = 10**6
@@ -63,7 +61,7 @@ class Arm(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """steps: what PPO logged of each. measured: of held-out requests and lessons, as `Watched.measure` gives it."""
+    """steps: what PPO logged of each. measured: of held-out requests and texts, as `Watched.measure` gives it."""
 
     steps: list[Line]
     measured: list[Line]
@@ -80,10 +78,11 @@ def curve(run: Path, work: Path, arm: Arm) -> Curve:
     start = str(base_model()) if arm.start == "base" else str(run / "models" / "sft")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         task, identity = open_task(run, start, arm, Path(folder))
-        identity = digest([identity, arm._replace(name=""), CASES, NUM_LESSONS, NUM_PTX])
+        texts = sft_texts(others(run), task.chat) if arm.every else Data()
+        identity = digest([identity, arm._replace(name=""), CASES, texts.digest])
         if not file.exists() or json.loads(file.read_text())["identity"] != identity:
             print(f"training {arm.name}, seed {arm.seed}", flush=True)
-            file.write_text(json.dumps({"identity": identity, **train(task, arm)._asdict()}) + "\n")
+            file.write_text(json.dumps({"identity": identity, **train(task, arm, texts)._asdict()}) + "\n")
     found = json.loads(file.read_text())
     return Curve(found["steps"], found["measured"])
 
@@ -104,14 +103,14 @@ def open_task(run: Path, start: str, arm: Arm, folder: Path) -> tuple[Task, list
     networks = open_networks(loaded.model, start, source.model, settings, device="cpu")
     of_run = rows.read([rows.Source(str(run))], kind="prompts", split="train")
     prompts = tokenise_prompts(of_run, chat, max_length=1000, too_long="drop")
-    ptx = lessons(chat, NUM_PTX, PTX_SEED) if settings.ptx_coef else None
+    ptx = sft_texts([run], chat) if settings.ptx_coef else None
     task = Task(networks, chat, prompts, Prompts(Data(), []), ptx, source.score, settings, folder, arm.seed)
     return task, [settings.model_dump(mode="json"), loaded.fingerprint, source.fingerprint, prompts.data.digest]
 
 
-def train(task: Task, arm: Arm) -> Curve:
+def train(task: Task, arm: Arm, texts: Data) -> Curve:
     steps: list[Line] = []
-    watched = Watched(task) if arm.every else None
+    watched = Watched(task, texts) if arm.every else None
     measured = [watched.measure(0)] if watched else []
 
     def watch(progress: Progress) -> None:
@@ -139,19 +138,18 @@ def episodes_to(steps: Sequence[Line], target: float) -> int | None:
 
 
 class Watched:
-    """Held-out requests and lessons, measured under the policy as it is."""
+    """Held-out requests and texts, measured under the policy as it is."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, texts: Data) -> None:
+        self.task, self.texts = task, texts
         found = [rows.Row(str(n), messages, (), 1.0, (), "") for n, messages in enumerate(requests(CASES, seed=0))]
         self.requests = tokenise_prompts(found, task.chat, max_length=1000, too_long="drop")
-        self.lessons = lessons(task.chat, NUM_LESSONS, LESSON_SEED)
         self.first = self._losses()
 
     def measure(self, step: int) -> Line:
-        """Means over answers; shares of faults with their intervals; the loss on lessons, and over that of the start.
+        """Means over answers; shares of faults with their intervals; the loss on texts, and over that of the start.
 
-        loss_error: half the 95 % interval of loss_ratio, over lessons.
+        loss_error: half the 95 % interval of loss_ratio, over texts.
         """
         task = self.task
         numbers = range(len(self.requests))
@@ -162,7 +160,7 @@ class Watched:
         losses = self._losses()
         ratio = losses.sum() / self.first.sum()
         error = Z_95 * ((losses - ratio * self.first) ** 2).sum().sqrt() / self.first.sum()
-        num_tokens = sum(map(self.lessons.num_completion_tokens, range(len(self.lessons))))
+        num_tokens = sum(map(self.texts.num_completion_tokens, range(len(self.texts))))
         return {
             "step": step,
             "scores": shaped_scores(task.score(rollouts), rollouts.has_ended, task.settings).mean().item(),
@@ -176,22 +174,23 @@ class Watched:
 
     @torch.no_grad()
     def _losses(self) -> Tensor:
-        """(N,) negative log-likelihood of each lesson's turn, in nats."""
-        found = torch.zeros(len(self.lessons), dtype=torch.float64)
-        for part in microbatches(self.lessons, range(len(self.lessons)), max_tokens=8192):
-            groups = [self.lessons.group(row) for row in part]
+        """(N,) negative log-likelihood of each text, in nats."""
+        found = torch.zeros(len(self.texts), dtype=torch.float64)
+        for part in microbatches(self.texts, range(len(self.texts)), max_tokens=8192):
+            groups = [self.texts.group(row) for row in part]
             found[part] = -completion_logps(self.task.networks.policy, groups).sums.double()
         return found
 
 
-def lessons(chat: Chat, number: int, seed: int) -> Data:
-    """What the embedded model was made from, drawn anew: each turn that it had to say is a row."""
-    rng = Random(seed)
-    found: list[rows.Row] = []
-    while len(found) < number:
-        messages, weights = draw_lesson(rng)
-        for turn, weight in enumerate(weights):
-            if weight:
-                text = messages[turn]["content"]
-                found.append(rows.Row(str(len(found)), messages[:turn], (text,), 1.0, (), ""))
-    return tokenise(found[:number], chat, max_length=4000, too_long="drop")
+def sft_texts(runs: Sequence[Path], chat: Chat) -> Data:
+    """What the SFT models of these runs learned to say."""
+    found = rows.read([rows.Source(str(run)) for run in runs], kind="sft", split="train")
+    return tokenise(found, chat, max_length=4000, too_long="drop")
+
+
+def others(run: Path) -> list[Path]:
+    """The study's runs of other seeds."""
+    found = sorted(folder for folder in run.parent.glob("seed-*") if folder.name != run.name)
+    if not found:
+        raise SystemExit(f"{run.parent}: no other seed-* here, whose texts tell the loss; see nano_study.py")
+    return found
