@@ -9,10 +9,13 @@ import pytest
 
 from tests.support import Command, Server
 
+_LONGEST = ("demo", "real_input", "recipe", "ranks", "ppo_ranks", "readme")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo takes longest by far: whoever runs tests side by side should not find it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """Files that take longest come first, so that of processes side by side none is alone with one at the end."""
+    places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture
