@@ -19,7 +19,7 @@ from pipeline.lm import decode
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import ranks
-from pipeline.train.batches import Data, microbatches, own_share, pass_tokens
+from pipeline.train.batches import Data, deal, microbatches, pass_tokens
 from pipeline.train.networks import Networks, Predictions
 from pipeline.train.prompts import Prompts
 from pipeline.train.rows import Row
@@ -72,8 +72,8 @@ def roll_out(
 ) -> Rollouts:
     """rows: of the prompts. seed: numbers that, with a row's place and a sample's number, seed what is drawn.
 
-    keep_graph: an update over all of it comes next, before any weight changes. If it is no more than a microbatch, the
-    pass that reads it is then that update's forward pass too: `ahead`.
+    keep_graph: an update over all of it comes next, before any weight changes. If no process has more of it than a
+    microbatch, the pass that reads it is then that update's forward pass too: `ahead`.
     """
     waiting = _waiting(networks, chat, prompts.data, rows, seed=seed, num_samples=num_samples)
     drawn = _drawn(networks, waiting, draw, num_samples=num_samples)
@@ -139,12 +139,15 @@ def _read(
     """(B, T) each: logps, ref_logps, values."""
     settings, device = networks.settings, mask.device
     logps, ref_logps, values = (torch.zeros(mask.shape, device=device) for _ in range(3))
-    own = own_share(data, range(len(data)))
-    keep_graph = keep_graph and sum(map(data.num_tokens, own)) <= settings.microbatch_tokens
+    shares = deal(data, range(len(data)), ranks.size())
+    largest = max(sum(map(data.num_tokens, share)) for share in shares)  # all processes keep it, or none
+    keep_graph = keep_graph and largest <= settings.microbatch_tokens
     aheads = []
 
     def read() -> None:
-        for rows in microbatches(data, own, max_tokens=pass_tokens(settings.microbatch_tokens, device)):
+        for rows in microbatches(
+            data, shares[ranks.rank()], max_tokens=pass_tokens(settings.microbatch_tokens, device)
+        ):
             groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
             put(ref_logps, numbers, mask, networks.reference_logps(groups))
             with torch.set_grad_enabled(keep_graph):
@@ -165,7 +168,6 @@ def completions_of(data: Data, rows: Sequence[int]) -> list[int]:
     return [number for row in rows for number in data.completions(row)]
 
 
-@torch.no_grad()
 def put(padded: Tensor, numbers: list[int], mask: Tensor, tokens: Tensor) -> None:
     """Writes the tokens of these completions, (M,), into their rows of padded, (B, T)."""
     own = torch.zeros_like(padded[numbers])
