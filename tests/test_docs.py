@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from torch.distributed.run import get_args_parser
 
 from constitution.principles import Constitution
 from pipeline.cli import cli
@@ -21,7 +22,7 @@ COMMANDS = [
     (page.name, line.split("  #")[0].strip())
     for page in PAGES
     if page.name != "cli.md"
-    for line in re.findall(r"^    (cai .*)$", page.read_text(encoding="utf-8"), re.M)
+    for line in re.findall(r"^    ((?:torchrun .* )?cai .*)$", page.read_text(encoding="utf-8"), re.M)
 ]
 SETTINGS = [
     (page.name, block)
@@ -57,7 +58,11 @@ def test_every_page_is_reached_from_the_readme():
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}:{line}" for page, line in COMMANDS])
 def test_a_command_on_a_page_names_options_that_there_are(page, line):
     command: click.Command = cli
-    words = shlex.split(line)[1:]
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        words = [launch.training_script, *launch.training_script_args]
+    assert words.pop(0) == "cai"
     context = click.Context(command, **command.context_settings)
     while isinstance(command, click.Group):
         _, command, words = command.resolve_command(context, words)

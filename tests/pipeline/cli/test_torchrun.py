@@ -15,7 +15,7 @@ import pytest
 from tests.pipeline.train.tiny_jobs import metrics, write_rows
 from tests.support import CAI, FAULTS, environment, kill_group, wait_for
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--")
 
 
 def start(folder: Path, *settings: str, **changes: str) -> subprocess.Popen:
