@@ -79,8 +79,8 @@ class Limit:
 class Endpoint:
     """Requests to one address. key: sent to its origin only; "" sends none. key_variable: where it was read, for cures.
 
-    in_flight, limit: requests now, and at most. is_out: not to be asked while another endpoint is in. resting: until it
-    may be asked again (monotonic seconds), as it asked for. takes_thinking: see wire.NO_THINKING. exact: what
+    in_flight, limit: requests now, and at most. is_out: not to be asked while another endpoint is in; trouble: the last
+    failure. resting: until it may be asked again (monotonic seconds), as it asked for. takes_thinking: see wire.NO_THINKING. exact: what
     label_tokens.py knows of it; None if labels cannot be asked for by token.
     """
 
@@ -91,6 +91,7 @@ class Endpoint:
         self.limit = Limit(concurrency)
         self.in_flight = 0
         self.is_out = False
+        self.trouble = ""
         self.resting = 0.0
         self.takes_thinking = False
         self.exact: ExactLabels | None = None
@@ -139,6 +140,7 @@ class Endpoint:
 
     def failed(self, error: TryAgain, sent_at: float) -> None:
         """Counts a failed try; the endpoint may be out after it."""
+        self.trouble = str(error)
         if error.overload:
             self.limit.overloaded(sent_at)
         if error.reason in FAULTS:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pipeline.engines.endpoints import Endpoint
 
 KEPT_HOMES = 65_536
+_LOG = logging.getLogger(__name__)
 Waiter = tuple[int, int, asyncio.Future[Endpoint]]
 
 
@@ -99,18 +101,20 @@ class Pool:
                     best, best_home = rank, home
         return None if best is None else heapq.heappop(self._waiting[best_home])[2]
 
-    def leave_out(self, endpoint: Endpoint) -> None:
-        endpoint.is_out = True
+    def leave_out(self, endpoint: Endpoint, trouble: str) -> None:
+        endpoint.is_out, endpoint.trouble = True, trouble
         self._probe(endpoint)
 
     def _probe(self, endpoint: Endpoint) -> None:
         """Looks after an endpoint that is out, in the background; a lone one is tried by the requests themselves."""
         if len(self.endpoints) > 1 and endpoint not in self._probes:
+            _LOG.warning("%s is out (%s); the others go on without it", endpoint.origin, endpoint.trouble)
             self._probes[endpoint] = asyncio.create_task(self._bring_back(endpoint))
 
     async def _bring_back(self, endpoint: Endpoint) -> None:
         await endpoint.wait_until_back()
         del self._probes[endpoint]
+        _LOG.warning("%s is back", endpoint.origin)
         self._hand_out()
 
     async def close(self) -> None:

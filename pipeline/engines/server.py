@@ -126,8 +126,7 @@ class ServerEngine:
                 raise error
         for endpoint, names in zip(endpoints, found, strict=True):
             if isinstance(names, EngineDown):
-                logging.getLogger(__name__).warning("%s; the run goes on without it", names)
-                self._pool.leave_out(endpoint)
+                self._pool.leave_out(endpoint, str(names.__cause__) or "timeout")
         return next((names for names in found if isinstance(names, list) and names), [])
 
     async def _look_up(self, endpoint: Endpoint) -> list[str]:

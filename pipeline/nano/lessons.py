@@ -62,10 +62,11 @@ def wording_texts() -> list[str]:
     return [*texts, f"{prompts.MARK} ", *wording.sections.values()]
 
 
-def draw_lesson(rng: Random) -> Lesson:
-    """A random lesson of a random kind."""
+def draw_lesson(rng: Random, *, drafts: bool = True) -> Lesson:
+    """A random lesson of a random kind. drafts: also those in which it only answers."""
     scene = draw_elsewhere(rng) if rng.random() < 0.1 else draw_scene(rng)
-    kind = rng.choices(_KINDS, _SHARES)[0]
+    first = 0 if drafts else 1
+    kind = rng.choices(_KINDS[first:], _SHARES[first:])[0]
     return kind(rng, scene)
 
 

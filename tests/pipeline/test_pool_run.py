@@ -47,6 +47,9 @@ def test_a_run_over_four_endpoints_ends_whole_though_one_is_slow_one_fails_and_o
     nodes["dying"] = Server(nodes["dying"].ledger.parent, SCRIPTS["dying"], url=nodes["dying"].url)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
+    dying = nodes["dying"].url.removesuffix("/v1")
+    out_at, back_at = (err.index(f"{dying} is {state}") for state in ("out (unreachable: ", "back"))
+    assert out_at < back_at
 
     ids = [line["id"] for line in lines(cai.folder / "r", "prompts")]
     assert len(ids) == len(set(ids)) == PROMPTS
