@@ -234,9 +234,11 @@ def dealt_microbatches(
     yield from [[]] * (max(map(len, parts)) - len(parts[rank]))
 
 
-def own_microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
-    """Those of this process, where none waits for the others' in between."""
-    return microbatches(data, own_share(data, rows), max_tokens=max_tokens)
+def own_microbatches(data: Data, rows: Sequence[int], *, max_tokens: int) -> Iterator[tuple[list[int], bool]]:
+    """Those of this process, and whether they count: the shortest row fills up, so that all have as many."""
+    shortest = min(rows, key=data.num_tokens)
+    for part in dealt_microbatches(data, rows, rank=ranks.rank(), size=ranks.size(), max_tokens=max_tokens):
+        yield part or [shortest], bool(part)
 
 
 def own_share(data: Data, rows: Sequence[int]) -> list[int]:

@@ -28,7 +28,7 @@ from pipeline.config.settings import TrainSettings
 from pipeline.errors import DivergedError, ResourceError, StoppedError
 from pipeline.records import Line
 from pipeline.train import checkpoints, ranks, shards
-from pipeline.train.batches import Data, batch_at, dealt_microbatches, longest_microbatch, steps_per_epoch
+from pipeline.train.batches import Data, batch_at, longest_microbatch, own_microbatches, steps_per_epoch
 from pipeline.train.best import Best
 from pipeline.train.lines import LineFile
 from pipeline.train.optimizer import learning_rate, load_state, make_optimizer, state_tensors
@@ -185,7 +185,7 @@ class _Run:
         """Leaves the gradient of the batch in the parameters. Returns the means over it."""
         num_terms = sum(self.task.objective.num_terms(self.task.train, row) for row in rows)
         self.optimizer.zero_grad(set_to_none=True)
-        tally = self._by_itself(lambda: self._pass(self.task.train, rows, num_terms=num_terms))
+        tally = shards.by_itself(self.model, lambda: self._pass(self.task.train, rows, num_terms=num_terms))
         if not shards.is_sharded(self.model):  # FSDP has done it
             ranks.add_up([p.grad for p in self.parameters.values() if p.grad is not None])
         return tally.means()
@@ -194,27 +194,20 @@ class _Run:
         """The longest microbatch, forward and backward, when the optimiser's state is there: it fits now or never."""
         data, settings = self.task.train, self.settings
         longest = partial(longest_microbatch, max_tokens=settings.microbatch_tokens)
-        self._by_itself(lambda: self._forward(data, longest(data, batch_size=settings.batch_size), 0.0))
+        found = longest(data, batch_size=settings.batch_size)
+        shards.by_itself(self.model, lambda: self._forward(data, found, 0.0))
         if len(test := self.task.test):
             with torch.no_grad():
-                self._by_itself(lambda: self._forward(test, longest(test, batch_size=len(test)), None))
+                found = longest(test, batch_size=len(test))
+                shards.by_itself(self.model, lambda: self._forward(test, found, None))
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _by_itself(self, action: Callable[[], T]) -> T:
-        """Where processes compute without one another they can tell of an error; in FSDP the others wait inside."""
-        if not shards.is_sharded(self.model):
-            return ranks.together(action)
-        with ranks.lost_peers():
-            return action()
 
     def _pass(self, data: Data, rows: Sequence[int], *, num_terms: int | None = None) -> Tally:
         """This process's share of the rows through the model; backward, too, if the number of all terms is given."""
-        tally, shortest = Tally(), min(rows, key=data.num_tokens)
-        share = {"rank": ranks.rank(), "size": ranks.size(), "max_tokens": self.settings.microbatch_tokens}
-        for part in dealt_microbatches(data, rows, **share):
-            weight = (len(part) > 0) / num_terms if num_terms else None
-            terms = self._forward(data, part or [shortest], weight)
-            if part:
+        tally = Tally()
+        for part, counts in own_microbatches(data, rows, max_tokens=self.settings.microbatch_tokens):
+            terms = self._forward(data, part, counts / num_terms if num_terms else None)
+            if counts:
                 tally.add(terms)
         return tally
 
@@ -242,7 +235,7 @@ class _Run:
         data, metrics = self.task.test, dict[str, float]()
         if len(data):
             with torch.no_grad():
-                tally = self._by_itself(lambda: self._pass(data, range(len(data))))
+                tally = shards.by_itself(self.model, lambda: self._pass(data, range(len(data))))
             metrics = {f"eval/{name}": value for name, value in tally.means().items()}
             self._check_finite({"eval/loss": metrics["eval/loss"]}, range(len(data)), data)
         metrics |= {name: measure(self.model) for name, measure in self.task.measures.items()}

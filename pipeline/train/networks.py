@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import UsageError
@@ -19,8 +20,9 @@ from pipeline.lm.forward import (
     logps_from_states,
     prepare,
 )
-from pipeline.lm.load import load
-from pipeline.train.loop import autocast, silence_dropout
+from pipeline.lm.load import load, pick_device
+from pipeline.train import shards
+from pipeline.train.loop import autocast, compute_dtype, silence_dropout
 from pipeline.train.lora import attach
 
 Parameters = dict[str, Tensor]
@@ -43,7 +45,7 @@ class Networks:
 
     adapted: peft's view of a policy with adapters; the reference then has the same weights below them, and the value
     model those of the reward model. attention: the policy's implementation for decoding; `lm.forward.prepare` has
-    chosen another one for packed rows.
+    chosen another one for packed rows. skeleton: of a policy that is divided over several processes, as the others are.
     """
 
     policy: Any
@@ -53,6 +55,7 @@ class Networks:
     value_head: torch.nn.Linear | None
     attention: str
     settings: TrainPpoSettings
+    skeleton: Any | None = None
 
     @property
     def parameters(self) -> dict[str, Parameters]:
@@ -74,43 +77,66 @@ class Networks:
             else:
                 parameter.zero_()
 
+    def gathered(self) -> Any:
+        """The policy, for decoding; if it is divided a copy, whole in every process, in the dtype it computes in."""
+        if self.skeleton is None:
+            return self.policy
+        return shards.assemble(self.skeleton, self.policy, compute_dtype(self.settings, self.policy.device.type))
+
     def predict(self, groups: Sequence[Group], *, with_entropies: bool = False) -> Predictions:
         """One pass through the policy, one through a value model of its own."""
         temperature = self.settings.temperature
-        with autocast(self.policy, self.settings):
+
+        def read() -> tuple[Tensor, Tensor, Tensor | None]:
             states = completion_states(self.policy, groups)
             logps = logps_from_states(self.policy, states, groups, temperature=temperature).tokens
             entropies = entropies_from_states(self.policy, states, temperature=temperature) if with_entropies else None
+            return states, logps, entropies
+
+        with autocast(self.policy, self.settings):
+            states, logps, entropies = shards.compute(self.policy, read)
         return Predictions(logps, self._values(states, groups), entropies)
 
     def _values(self, states: Tensor, groups: Sequence[Group]) -> Tensor | None:
-        if self.value_head is not None:
-            return self.value_head(states.float())[:, 0]
-        if self.value_model is None:
+        if (head := self.value_head) is not None:
+            values = shards.compute(head, lambda: linear(states.float(), head.weight, head.bias))
+        elif (model := self.value_model) is not None:
+            with autocast(model, self.settings):
+                values = shards.compute(model, lambda: model.score(completion_states(model, groups)))
+        else:
             return None
-        with autocast(self.value_model, self.settings):
-            values: Tensor = self.value_model.score(completion_states(self.value_model, groups))[:, 0].float()
-        return values
+        return values[:, 0].float()
 
     @torch.no_grad()
     def reference_logps(self, groups: Sequence[Group]) -> Tensor:
         """(M,) log-probabilities under the starting model, at the same temperature."""
-        with autocast(self.reference, self.settings):
+
+        def read() -> Tensor:
             states = completion_states(self.reference, groups)
             return logps_from_states(self.reference, states, groups, temperature=self.settings.temperature).tokens
 
+        with autocast(self.reference, self.settings):
+            return shards.compute(self.reference, read)
+
 
 def open_networks(
-    policy: Any, start: str, reward_model: Any | None, settings: TrainPpoSettings, *, device: str, seed: int = 0
+    policy: Any,
+    start: str,
+    reward_model: Any | None,
+    settings: TrainPpoSettings,
+    *,
+    device: str,
+    seed: int = 0,
+    divides: bool = False,
 ) -> Networks:
     """policy: just loaded from `start`, in fp32 but for weights that stay frozen. seed: of adapters.
 
     reward_model: what the value function begins as; with value_start zero, or without one, it begins as the policy
-    with a head of zeros.
+    with a head of zeros. divides: all but the reward model, over the processes; the policy is then on the CPU.
     """
     attention, dtype = policy.config._attn_implementation, policy.dtype
     prepare(policy)
-    reference = _copy(policy, settings).requires_grad_(False)
+    reference = _copy(policy, settings, divides=divides).requires_grad_(False)
     adapted = attach(policy, settings.lora, head="language", seed=seed) if settings.lora else None
     silence_dropout(policy, settings)
     value_model = value_head = None
@@ -118,14 +144,31 @@ def open_networks(
     if settings.advantages == "gae" and settings.value == "joint":
         value_head = _joint_head(policy, start_as)
     elif settings.advantages == "gae":
-        value_model = _blank_value_model(start, device, dtype) if start_as is None else _copy(start_as, settings)
-        _open_for_training(value_model, settings, seed)
-    return Networks(policy, adapted, reference, value_model, value_head, attention, settings)
+        if start_as is None:
+            value_model = _blank_value_model(start, "cpu" if divides else device, dtype)
+        else:
+            value_model = _copy(start_as, settings, divides=divides)
+        _open_for_training(value_model.float() if divides else value_model, settings, seed)
+    networks = Networks(policy, adapted, reference, value_model, value_head, attention, settings)
+    return _divided(networks, pick_device(device)) if divides else networks
 
 
-def _copy(model: Any, settings: TrainPpoSettings) -> Any:
+def _copy(model: Any, settings: TrainPpoSettings, *, divides: bool) -> Any:
     """A model like it; with adapters its weights never change, and both have the same."""
+    if divides:
+        return shards.twin(model, "cpu")
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()} if settings.lora else {})
+
+
+def _divided(networks: Networks, device: torch.device) -> Networks:
+    networks = replace(networks, skeleton=shards.skeleton(networks.policy))
+    dtype, mesh = compute_dtype(networks.settings, device.type), shards.make_mesh(device)
+    for model in (networks.policy, networks.reference, networks.value_model):
+        if model is not None:
+            shards.shard(model, device, dtype, mesh)
+    if networks.value_head is not None:
+        shards.shard(networks.value_head, device, torch.float32, mesh)
+    return networks
 
 
 def _open_for_training(model: Any, settings: TrainPpoSettings, seed: int) -> None:

@@ -17,14 +17,14 @@ import torch
 
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import StoppedError, UsageError
-from pipeline.lm.load import check_tokenizer, context_of, ends, fingerprint, load_config, load_tokenizer
+from pipeline.lm.load import check_tokenizer, context_of, ends, fingerprint, load_config, load_tokenizer, pick_device
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
 from pipeline.train import ranks, rows
 from pipeline.train.batches import Data, batch_at, steps_per_epoch, tokenise
 from pipeline.train.best import Best
 from pipeline.train.curves import draw_reward_kl
-from pipeline.train.loop import Outcome, Progress
+from pipeline.train.loop import Outcome, Progress, compute_dtype
 from pipeline.train.memory import measure
 from pipeline.train.networks import open_networks
 from pipeline.train.optimizer import learning_rate
@@ -36,9 +36,11 @@ from pipeline.train.prompts import Prompts, tokenise_prompts
 from pipeline.train.rewards import Source, check_reencoding, open_function, open_reward_model
 from pipeline.train.samplers import Sampler
 from pipeline.train.scorers import outline
+from pipeline.train.shards import fill
 from pipeline.train.stage import (
     Job,
     Report,
+    check_divides,
     describe,
     followed,
     heed,
@@ -63,8 +65,8 @@ def train_ppo(
     check_installed(job.trackers)
     ranks.first(lambda: check_out(job.out, job.start, trainer="ppo"))
     _check_sampler(settings, sampler)
-    _check_parallel(settings)
-    loaded = ranks.together(lambda: load_start(job, settings, "language"))
+    divides = ranks.together(lambda: check_divides(settings))
+    loaded = ranks.together(lambda: load_start(job, settings, "language", divides=divides))
     policy, start = loaded.model, loaded.fingerprint
     check_tokenizer(loaded.tokenizer, policy.get_input_embeddings().num_embeddings, job.start)
     chat = Chat(loaded.tokenizer, eos=ends(policy.config.get_text_config(), policy.generation_config))
@@ -79,7 +81,9 @@ def train_ppo(
     if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
-    networks = open_networks(policy, job.start, source.model, settings, device=job.device, seed=job.seed)
+    networks = open_networks(
+        policy, job.start, source.model, settings, device=job.device, seed=job.seed, divides=divides
+    )
     parts = (prompts["train"], prompts["test"], ptx)
     task = Task(networks, chat, *parts, source.score, settings, folder, job.seed, source.measure, sampler)
     with followed(job, settings, folder, identity) as watch:
@@ -95,6 +99,9 @@ def train_ppo(
         tallies=tallies,
     )
     description["reward"] = {"name": reward_model or settings.reward, **source.fingerprint}
+    if networks.skeleton is not None:
+        fill(networks.skeleton, policy)
+        policy = networks.skeleton
 
     def out() -> None:
         extras = ["samples.jsonl"]
@@ -186,10 +193,11 @@ def take_step(run: Run, clock: Clock) -> Line:
 def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None = None) -> Plan:
     """Reads and tokenises, loads no weights, and refuses what `train_ppo` refuses.
 
-    Reward model and value model count as if of the start's size.
+    Reward model and value model count as if of the start's size. A policy that is divided is whole while it decodes,
+    when there are no activations; the reward model always is.
     """
     check_installed(job.trackers)
-    _check_parallel(settings)
+    divides = check_divides(settings)
     config, tokenizer = load_config(job.start), load_tokenizer(job.start)
     check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
     _check_reward(settings, reward_model, fingerprint(config, tokenizer, dtype=torch.float32)["tokenizer"])
@@ -202,13 +210,18 @@ def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None =
         longest.add(example, train.group(row).prompt.tolist(), [[0] * settings.max_tokens] * settings.num_samples)
     one = measure(job.start, longest, settings, job.device, "language")
     trained = 2 if settings.advantages == "gae" and settings.value == "separate" else 1
-    frozen = 2 if settings.reward in ("model", "policy") else 1
-    copies = max(trained, frozen) if settings.lora else trained + frozen  # adapters lie on the frozen ones
+    has_scorer = settings.reward in ("model", "policy")
+    if divides:
+        copies, dtype = trained + 1 + has_scorer * ranks.size(), compute_dtype(settings, pick_device(job.device).type)
+        decoding = one.weights * ranks.size() * dtype.itemsize // 4
+    else:
+        frozen, decoding = 1 + has_scorer, 0
+        copies = max(trained, frozen) if settings.lora else trained + frozen  # adapters lie on the frozen ones
     memory = one._replace(
         weights=one.weights * copies,
         gradients=one.gradients * trained,
         optimizer=one.optimizer * trained,
-        activations=one.activations * trained,
+        activations=max(one.activations * trained, decoding),
     )
     steps = steps_per_epoch(len(train), settings.batch_size) * settings.epochs
     lacks = f"does not fit into {memory.room / 2**20:,.0f} MiB; lower microbatch_tokens, or take value: joint"
@@ -259,11 +272,6 @@ def _check_sampler(settings: TrainPpoSettings, sampler: Sampler | None) -> None:
         raise UsageError(f"train_ppo.sampler: {settings.sampler}: no sampler here")
     if settings.sampler == "vllm" and ranks.size() > 1:
         raise ranks.shared(UsageError("train_ppo.sampler: vllm serves one process; start it without torchrun"))
-
-
-def _check_parallel(settings: TrainPpoSettings) -> None:
-    if ranks.size() > 1 and settings.parallel == "fsdp":
-        raise ranks.shared(UsageError("parallel: fsdp: a divided model cannot sample; use parallel: ddp"))
 
 
 def _check_reward(settings: TrainPpoSettings, name: str | None, tokenizer: str) -> None:

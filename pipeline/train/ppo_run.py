@@ -15,7 +15,7 @@ from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import CaiError, ResourceError
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
-from pipeline.train import checkpoints, ranks
+from pipeline.train import checkpoints, ranks, shards
 from pipeline.train.advantages import adapted_kl_coef
 from pipeline.train.batches import Data, steps_per_epoch
 from pipeline.train.best import Best
@@ -64,8 +64,9 @@ class Run:
         self.total = self.per_epoch * self.settings.epochs
         self.draw = DrawOutside(task.sampler, task.folder / "sampler") if task.sampler else draw_here
         self.learners: dict[str, Learner] = make_learners(task.networks)
-        for learner in self.learners.values():
-            ranks.copy_from_first([parameter.detach() for parameter in learner.parameters.values()])
+        if not shards.is_sharded(task.networks.policy):
+            for learner in self.learners.values():
+                ranks.copy_from_first([parameter.detach() for parameter in learner.parameters.values()])
         policy = self.learners["policy"].parameters
         self.average = {name: p.detach().clone() for name, p in policy.items()} if self.settings.ema_decay else {}
         self.kl_coef = self.settings.kl_coef
@@ -143,7 +144,7 @@ class Run:
         ranks.together(lambda: self.best.check(found))
         if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters
-            ranks.first(lambda: checkpoints.save(self.task.folder / "best", {"step": self.step}, {"policy": weights}))
+            checkpoints.write(self.task.folder / "best", {"step": self.step}, {"policy": weights})
         self._swap(own)
         return found
 
@@ -227,7 +228,7 @@ class Run:
 @torch.no_grad()
 def _copy(parameters: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(shards.like(tensors[name], parameter))
 
 
 def logged(step: int, rollouts: Rollouts, scores: Tensor, number: int) -> list[Line]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config.settings import TrainPpoSettings
 from pipeline.errors import DivergedError
 from pipeline.lm.forward import completion_logps
-from pipeline.train import ranks
+from pipeline.train import ranks, shards
 from pipeline.train.advantages import (
     generalised_advantages,
     group_relative,
@@ -117,15 +117,18 @@ def update(
             learner.optimizer.zero_grad(set_to_none=True)
         own = Tally()
         ahead = rollouts.ahead if number == 0 else ()
-        ranks.together(partial(backward, networks, rollouts, targets, rows, own.add, where=where, ahead=ahead))
+        act = partial(backward, networks, rollouts, targets, rows, own.add, where=where, ahead=ahead)
+        shards.by_itself(networks.policy, act)
         approxkl = own.means()["policy/approxkl"]
         if settings.max_approxkl is not None and approxkl > settings.max_approxkl:
             break
         if ptx is not None:
             at = step * per_epoch * settings.num_inner_epochs + number
-            ranks.together(partial(backward_ptx, networks, ptx, len(rows), at, seed, tally.add, where=where))
-        for learner in learners.values():
-            _add_up(learner)
+            act = partial(backward_ptx, networks, ptx, len(rows), at, seed, tally.add, where=where)
+            shards.by_itself(networks.policy, act)
+        if not shards.is_sharded(networks.policy):  # FSDP has done it
+            for learner in learners.values():
+                ranks.add_up([p.grad for p in learner.parameters.values() if p.grad is not None])
         norms.append({name: _clip(learner, settings) for name, learner in learners.items()})
         check_finite(where, {"loss": own.means()["loss"], **norms[-1]})
         for learner in learners.values():
@@ -163,16 +166,17 @@ def backward(
     data, settings = rollouts.data, networks.settings
     num_tokens = int(rollouts.completion_mask[completions_of(data, rows)].sum())
     size = pass_tokens(settings.microbatch_tokens, rollouts.completion_mask.device)
-    fresh = ((part, None) for part in own_microbatches(data, rows, max_tokens=size))
-    parts: Iterable[tuple[list[int], Predictions | None]] = ahead or fresh
-    for part, found in parts:
+    fresh = ((*part, None) for part in own_microbatches(data, rows, max_tokens=size))
+    parts: Iterable[tuple[list[int], bool, Predictions | None]] = ahead or fresh
+    for part, counts, found in parts:
         with enough_memory(where, data, part):
             if found is None:
                 groups = [data.group(row) for row in part]
                 found = networks.predict(groups, with_entropies=settings.entropy_coef > 0)
             terms = ppo_terms(settings, found, rollouts, targets, part)
-            (terms.losses.sum() / num_tokens).backward()
-        note(terms)
+            (counts * terms.losses.sum() / num_tokens).backward()
+        if counts:
+            note(terms)
 
 
 def ppo_terms(
@@ -225,25 +229,19 @@ def backward_ptx(
     size = min(num_prompts * settings.ptx_per_prompt, len(ptx))
     rows = batch_at(number, num_rows=len(ptx), batch_size=size, seed=seed)
     num_tokens = sum(map(ptx.num_completion_tokens, rows))
-    for part in own_microbatches(ptx, rows, max_tokens=settings.microbatch_tokens):
+    for part, counts in own_microbatches(ptx, rows, max_tokens=settings.microbatch_tokens):
+        groups = [ptx.group(row) for row in part]
         with enough_memory(where, ptx, part), autocast(networks.policy, settings):
-            losses = sft_loss(completion_logps(networks.policy, [ptx.group(row) for row in part]).tokens)
-            (settings.ptx_coef * losses.sum() / num_tokens).backward()
-        note(Terms(losses.new_zeros(0), {"loss/ptx": losses}))
-
-
-def _add_up(learner: Learner) -> None:
-    """Gradients of all processes; one that had no row has none."""
-    if ranks.size() > 1:
-        for parameter in learner.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-    ranks.add_up([parameter.grad for parameter in learner.parameters.values() if parameter.grad is not None])
+            found = shards.compute(networks.policy, partial(completion_logps, networks.policy, groups))
+            losses = sft_loss(found.tokens)
+            (counts * settings.ptx_coef * losses.sum() / num_tokens).backward()
+        if counts:
+            note(Terms(losses.new_zeros(0), {"loss/ptx": losses}))
 
 
 def _clip(learner: Learner, settings: TrainPpoSettings) -> float:
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters.values(), settings.max_grad_norm)
-    return norm.item()
+    return shards.undivided(norm).item()
 
 
 def check_finite(where: str, found: dict[str, float]) -> None:

@@ -19,17 +19,22 @@ from pipeline.lm import decode
 from pipeline.lm.templates import Chat
 from pipeline.records import Message
 from pipeline.train import ranks
-from pipeline.train.batches import Data, deal, microbatches, pass_tokens
+from pipeline.train.batches import Data, deal, own_microbatches, pass_tokens
 from pipeline.train.networks import Networks, Predictions
 from pipeline.train.prompts import Prompts
 from pipeline.train.rows import Row
 from pipeline.train.samplers import Draw, draw_here
+from pipeline.train.shards import by_itself
 
 
 class Ahead(NamedTuple):
-    """What the networks said of these rows' completions; gradients can still flow back through it, once."""
+    """What the networks said of these rows' completions; gradients can still flow back through it, once.
+
+    counts: see `batches.own_microbatches`.
+    """
 
     rows: list[int]
+    counts: bool
     predictions: Predictions
 
 
@@ -145,20 +150,22 @@ def _read(
     aheads = []
 
     def read() -> None:
-        for rows in microbatches(
-            data, shares[ranks.rank()], max_tokens=pass_tokens(settings.microbatch_tokens, device)
-        ):
+        size = pass_tokens(settings.microbatch_tokens, device)
+        for rows, counts in own_microbatches(data, range(len(data)), max_tokens=size):
             groups, numbers = [data.group(row) for row in rows], completions_of(data, rows)
-            put(ref_logps, numbers, mask, networks.reference_logps(groups))
+            reference = networks.reference_logps(groups)
             with torch.set_grad_enabled(keep_graph):
                 found = networks.predict(groups, with_entropies=keep_graph and settings.entropy_coef > 0)
+            if keep_graph:
+                aheads.append(Ahead(rows, counts, found))
+            if not counts:
+                continue
+            put(ref_logps, numbers, mask, reference)
             put(logps, numbers, mask, found.logps)
             if found.values is not None:
                 put(values, numbers, mask, found.values)
-            if keep_graph:
-                aheads.append(Ahead(rows, found))
 
-    ranks.together(read)
+    by_itself(networks.policy, read)
     ranks.add_up([logps, ref_logps, values])
     return logps, ref_logps, values, tuple(aheads)
 

@@ -31,7 +31,8 @@ class Sampler(Protocol):
 
 def draw_here(networks: Networks, rows: Sequence[Row]) -> None:
     """A decoder lives for one call, so that no cached prefix outlives the weights it was computed with."""
-    policy, was_training = networks.policy, networks.policy.training
+    policy = networks.gathered()
+    was_training = policy.training
     packed = policy.config._attn_implementation
     policy.set_attn_implementation(networks.attention)
     try:

@@ -21,16 +21,22 @@ from pipeline.train import ranks
 T = TypeVar("T")
 
 
-def shard(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def make_mesh(device: torch.device) -> DeviceMesh:
+    """All processes. An optimiser takes the parameters of one mesh only."""
+    # DTensor's caches keep a mesh's group, and with it its threads, beyond the end of Python; with a group of its own
+    # they are idle by then, while those of the default group, which speaks to the end, end with it.
+    return DeviceMesh.from_group(dist.new_group(), device.type)
+
+
+def shard(model: Any, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> None:
     """Divides the model, in place. device: where it goes; until then it may lie on the CPU.
 
     dtype: of the weights that a layer is computed with; the shards, gradients and sums of gradients stay in fp32.
     """
-    # DTensor's caches keep a mesh's group, and with it its threads, beyond the end of Python; with a group of its own
-    # they are idle by then, while those of the default group, which speaks to the end, end with it.
-    mesh = DeviceMesh.from_group(dist.new_group(), device.type)
+    mesh = mesh or make_mesh(device)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # a sum, and no mean
@@ -57,6 +63,14 @@ def compute(model: Any, function: Callable[[], T]) -> T:
     return found
 
 
+def by_itself(model: Any, action: Callable[[], T]) -> T:
+    """Where processes compute without one another they can tell of an error; in FSDP the others wait inside."""
+    if not is_sharded(model):
+        return ranks.together(action)
+    with ranks.lost_peers():
+        return action()
+
+
 def undivided(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -81,11 +95,16 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def skeleton(model: Any) -> Any:
     """A copy of a model that is not divided yet, without its weights; they stay on the meta device."""
-    bare = {
-        id(parameter): torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return twin(model, "meta")
+
+
+def twin(model: Any, device: str) -> Any:
+    """A copy of a model that is not divided yet. Weights that are on the device already are shared until it is."""
+    weights = {
+        id(parameter): torch.nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
     }
-    return deepcopy(model, bare)
+    return deepcopy(model, weights)
 
 
 def fill(bare: Any, model: Any) -> None:
@@ -94,3 +113,16 @@ def fill(bare: Any, model: Any) -> None:
     bare.load_state_dict(weights, strict=False, assign=True)
     if weights:
         bare.tie_weights()
+
+
+def assemble(bare: Any, model: Any, dtype: torch.dtype) -> Any:
+    """A copy of the model that every process has all weights of, as they are now. bare: its skeleton, left as it is."""
+    with ranks.lost_peers():
+        weights = {
+            name: undivided(parameter.detach()).to(dtype)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+    copy = deepcopy(bare)
+    copy.load_state_dict(weights, strict=False, assign=True)
+    copy.tie_weights()
+    return copy.to(model.device)  # its buffers

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from pipeline.config.settings import Settings
 from pipeline.errors import UsageError
 from pipeline.train import dpo, sft
+from pipeline.train.memory import Memory
 from pipeline.train.plan import Plan, plan
 from pipeline.train.ppo import plan_ppo
 from pipeline.train.rows import Source
@@ -98,3 +99,22 @@ def test_a_model_that_is_divided_needs_a_share_of_each_process(
     assert divided.activations == whole.activations
     with pytest.raises(UsageError, match="fsdp cannot divide weights of 4 bits"):
         plan_sft(data, start, tmp_path / "out", parallel="fsdp", lora={"quantize": "4bit"})
+
+
+def test_ppo_divides_all_models_but_the_one_that_scores(
+    data: Path, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = save_tiny(tmp_path / "start", hidden=192)
+
+    def plan_of(**keys: Any) -> Memory:
+        settings = ppo_settings(parallel="fsdp", max_tokens=1, microbatch_tokens=1, **keys)
+        return plan_ppo(job_of(data, start, tmp_path / "out"), settings, reward_model=str(reward_model)).memory
+
+    whole = plan_of()
+    monkeypatch.setattr("pipeline.train.ranks.size", lambda: 4)
+    divided = plan_of()
+    model = whole.weights // 4  # policy, value model, reference and reward model
+    assert divided[:3] == (3 * model // 4 + model, whole.gradients // 4, whole.optimizer // 4)
+    assert whole.activations < model == divided.activations  # which then are the weights of a policy that decodes
+    with pytest.raises(UsageError, match="fsdp cannot divide weights of 4 bits"):
+        plan_of(lora={"quantize": "4bit"})
