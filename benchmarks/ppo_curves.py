@@ -1,8 +1,8 @@
 """One PPO training on the embedded world, watched: the curves that ppo_figures.py puts together.
 
 Every few steps held-out requests are answered, scored by the reward model and graded by the world, and the loss on
-text like the SFT model's own is taken: what the SFT models of the study's other seeds learned. The policy is measured
-as it is after that step; nothing selects a best one.
+pretraining text is taken: what the embedded model was taught besides answering, drawn anew. The policy is measured as
+it is after that step; nothing selects a best one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from pipeline.lm.forward import completion_logps
 from pipeline.lm.load import ends, load
 from pipeline.lm.templates import Chat
 from pipeline.nano import path as base_model
+from pipeline.nano.lessons import draw_lesson
 from pipeline.records import Line, digest
 from pipeline.train import rows
 from pipeline.train.batches import Data, microbatches, tokenise
@@ -39,8 +41,9 @@ from pipeline.train.rewards import open_reward_model
 from pipeline.train.rollouts import roll_out
 
 CONFIG = Path(__file__).parents[1] / "examples" / "nano.yaml"
-CASES = 300
-"""Held-out requests, half of them harmful."""
+CASES, NUM_TEXTS, NUM_PTX = 300, 2000, 3000
+"""Held-out requests, half of them harmful; texts whose loss is taken; texts that ptx learns from."""
+TEXT_SEED, PTX_SEED = 101, 102
 SMOOTHED = 3
 """Batches whose mean score must be at the target."""
 NEVER = 10**6
@@ -78,7 +81,7 @@ def curve(run: Path, work: Path, arm: Arm) -> Curve:
     start = str(base_model()) if arm.start == "base" else str(run / "models" / "sft")
     with tempfile.TemporaryDirectory(dir=work) as folder:
         task, identity = open_task(run, start, arm, Path(folder))
-        texts = sft_texts(others(run), task.chat) if arm.every else Data()
+        texts = pretraining_texts(task.chat, NUM_TEXTS, TEXT_SEED) if arm.every else Data()
         identity = digest([identity, arm._replace(name=""), CASES, texts.digest])
         if not file.exists() or json.loads(file.read_text())["identity"] != identity:
             print(f"training {arm.name}, seed {arm.seed}", flush=True)
@@ -103,7 +106,7 @@ def open_task(run: Path, start: str, arm: Arm, folder: Path) -> tuple[Task, list
     networks = open_networks(loaded.model, start, source.model, settings, device="cpu")
     of_run = rows.read([rows.Source(str(run))], kind="prompts", split="train")
     prompts = tokenise_prompts(of_run, chat, max_length=1000, too_long="drop")
-    ptx = sft_texts([run], chat) if settings.ptx_coef else None
+    ptx = pretraining_texts(chat, NUM_PTX, PTX_SEED) if settings.ptx_coef else None
     task = Task(networks, chat, prompts, Prompts(Data(), []), ptx, source.score, settings, folder, arm.seed)
     return task, [settings.model_dump(mode="json"), loaded.fingerprint, source.fingerprint, prompts.data.digest]
 
@@ -182,15 +185,17 @@ class Watched:
         return found
 
 
-def sft_texts(runs: Sequence[Path], chat: Chat) -> Data:
-    """What the SFT models of these runs learned to say."""
-    found = rows.read([rows.Source(str(run)) for run in runs], kind="sft", split="train")
-    return tokenise(found, chat, max_length=4000, too_long="drop")
+def pretraining_texts(chat: Chat, number: int, seed: int) -> Data:
+    """Critiques, revisions and verdicts as the embedded model was taught them, a row for each turn it had to say.
 
-
-def others(run: Path) -> list[Path]:
-    """The study's runs of other seeds."""
-    found = sorted(folder for folder in run.parent.glob("seed-*") if folder.name != run.name)
-    if not found:
-        raise SystemExit(f"{run.parent}: no other seed-* here, whose texts tell the loss; see nano_study.py")
-    return found
+    Its answers are left out: they help with harm, and learning them again would bring that back.
+    """
+    rng = Random(seed)
+    found: list[rows.Row] = []
+    while len(found) < number:
+        messages, weights = draw_lesson(rng, drafts=False)
+        for turn in range(max(len(weights) - 3, 0), len(weights)):  # a critique or reasoning, and what follows it
+            if weights[turn]:
+                text = messages[turn]["content"]
+                found.append(rows.Row(str(len(found)), messages[:turn], (text,), 1.0, (), ""))
+    return tokenise(found[:number], chat, max_length=4000, too_long="drop")

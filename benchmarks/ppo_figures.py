@@ -2,12 +2,12 @@
 
     python benchmarks/ppo_figures.py collapse|ptx|value|episodes [--run RUN]
 
-RUN is a seed's of `nano_study.py`, with another beside it. Each part trains with PPO from the
+RUN has models/sft and models/rm, as `nano_study.py` and `make demo` leave them. Each part trains with PPO from the
 run's models (a finished training is kept in --work and not run again), writes its numbers to results/ppo-figures-PART
 and its plot to docs/images, and prints its table.
 
 collapse  the same training with the demo's KL penalty and without: scores rise in both, answers stay whole in one
-ptx       the loss on text like SFT's, with and without a share of SFT's mixed into PPO
+ptx       the loss on pretraining text, with and without a share of it mixed into PPO
 value     explained variance of a value function that begins as the reward model, and of one that begins at zero
 episodes  until a target: PPO against plain policy gradient, three learning rates, three seeds, from the base model
 """

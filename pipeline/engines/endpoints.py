@@ -79,9 +79,9 @@ class Limit:
 class Endpoint:
     """Requests to one address. key: sent to its origin only; "" sends none. key_variable: where it was read, for cures.
 
-    in_flight, limit: requests now, and at most. is_out: not to be asked while another endpoint is in; trouble: the last
-    failure. resting: until it may be asked again (monotonic seconds), as it asked for. takes_thinking: see wire.NO_THINKING. exact: what
-    label_tokens.py knows of it; None if labels cannot be asked for by token.
+    in_flight, limit: requests now, and at most. is_out: not to be asked while another endpoint is in. trouble: the last
+    failure. resting: until it may be asked again (monotonic seconds), as it asked for. takes_thinking: see
+    wire.NO_THINKING. exact: what label_tokens.py knows of it; None if labels cannot be asked for by token.
     """
 
     def __init__(self, url: str, model: str, *, key: str, key_variable: str, concurrency: int) -> None:

@@ -78,8 +78,11 @@ def _nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _invert(probs: Tensor, draws: Tensor) -> Tensor:
-    """probs: (B, V), not necessarily normalised. draws: (B,) in [0, 1). Never returns a token of probability 0."""
+    """probs: (B, V), not necessarily normalised. draws: (B,) in [0, 1). Never returns a token of probability 0.
+
+    Where probs are NaN it is some token; its log-probability, NaN, tells.
+    """
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1]
     target = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)

@@ -23,7 +23,7 @@ from pipeline.train.lines import LineFile
 from pipeline.train.loop import Outcome, enough_memory
 from pipeline.train.networks import Networks
 from pipeline.train.optimizer import load_state, state_tensors
-from pipeline.train.ppo_update import Learner, make_learners, shaped_scores
+from pipeline.train.ppo_update import Learner, check_finite, make_learners, shaped_scores
 from pipeline.train.prompts import Prompts
 from pipeline.train.rewards import Score
 from pipeline.train.rollouts import Rollouts, roll_out
@@ -141,6 +141,7 @@ class Run:
             **{name: value.item() for name, value in zip(EVALUATED, values, strict=True)},
             **{f"eval/{name}": value for name, value in self.task.measure().items()},
         }
+        check_finite(f"{self.task.folder}: evaluation after step {self.step}", found)
         ranks.together(lambda: self.best.check(found))
         if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters

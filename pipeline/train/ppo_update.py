@@ -130,7 +130,8 @@ def update(
             for learner in learners.values():
                 ranks.add_up([p.grad for p in learner.parameters.values() if p.grad is not None])
         norms.append({name: _clip(learner, settings) for name, learner in learners.items()})
-        check_finite(where, {"loss": own.means()["loss"], **norms[-1]})
+        check_finite(where, {"loss": own.means()["loss"]})
+        check_finite(f"{where}: norm of the gradient", norms[-1])
         for learner in learners.values():
             learner.optimizer.step()
         tally.join(own)

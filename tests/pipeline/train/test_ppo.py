@@ -189,6 +189,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     assert not (tmp_path / "ppo").exists()
 
 
+@pytest.mark.parametrize(("eval_every", "where"), [(100, "step 2: loss nan"), (1, "after step 1: eval/kl nan")])
+def test_a_policy_that_no_longer_computes_is_neither_drawn_from_nor_kept(
+    models: tuple[Path, Path], data: Path, tmp_path: Path, eval_every: int, where: str
+) -> None:
+    keys = {
+        "learning_rate": 1e30,
+        "eval_every": eval_every,
+        "num_inner_epochs": 1,
+        "batch_size": 8,
+        "minibatch_size": 8,
+    }
+    with pytest.raises(DivergedError, match=where):
+        run_ppo(data, *models, tmp_path / "ppo", keys=keys)
+    assert not (tmp_path / ".ppo.training" / "best").exists()
+
+
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
