@@ -41,7 +41,7 @@ from pipeline.train.rewards import open_reward_model
 from pipeline.train.rollouts import roll_out
 
 CONFIG = Path(__file__).parents[1] / "examples" / "nano.yaml"
-CASES, NUM_TEXTS, NUM_PTX = 300, 2000, 3000
+CASES, NUM_TEXTS, NUM_PTX = 300, 800, 3000
 """Held-out requests, half of them harmful; texts whose loss is taken; texts that ptx learns from."""
 TEXT_SEED, PTX_SEED = 101, 102
 SMOOTHED = 3

@@ -81,7 +81,9 @@ def assert_alike(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("arm", ARMS)
 def test_two_processes_take_the_steps_of_one(arm: str, folder: Path, tmp_path: Path) -> None:
     expected = alone(folder, tmp_path / arm, **ARMS[arm])
-    for found in (folder / "two").glob(f"*/{arm}"):
+    in_two = sorted((folder / "two").glob(f"*/{arm}"))
+    assert in_two
+    for found in in_two:
         assert_alike(found, expected)
 
 
