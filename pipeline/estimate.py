@@ -235,8 +235,7 @@ def _rank_calls(
     settings: Settings, constitution: Constitution, samples: int, judged: float, answer: float, *, has_chains: bool
 ) -> Iterator[Call]:
     candidates = _num_candidates(settings, samples) if has_chains else samples
-    principles = len(constitution) if settings.rank.principles == "all" else settings.rank.principles
-    orders = 1 if settings.rank.order == "single" else 2
+    principles, orders = _principles_and_orders(settings, constitution)
     if settings.rank.mode == "graded":
         yield Call("grade", candidates * principles, judged, 1)
         pairs = 1
@@ -245,3 +244,17 @@ def _rank_calls(
     if settings.rank.chain_of_thought:
         yield Call("reasoning", pairs * principles * orders, judged, answer)
     yield Call("comparison", pairs * principles * orders, judged, 1)
+
+
+def _principles_and_orders(settings: Settings, constitution: Constitution) -> tuple[int, int]:
+    """Under how many principles two candidates are compared, and how often under each."""
+    principles = len(constitution) if settings.rank.principles == "all" else settings.rank.principles
+    return principles, 1 if settings.rank.order == "single" else 2
+
+
+def live_requests(settings: Settings, constitution: Constitution) -> int:
+    """That the live judge gets for an answer of PPO, at most."""
+    principles, orders = _principles_and_orders(settings, constitution)
+    if settings.train_ppo.reward == "graded":
+        return principles
+    return principles * orders * (2 if settings.rank.chain_of_thought else 1)

@@ -311,6 +311,9 @@ def _hold_run(console: Console, run: Path, settings: Settings, held: ExitStack) 
 
 
 def _dry_run(console: Console, trainer: str, job: Job, settings: Settings, scorer: str | None) -> None:
+    from constitution.principles import Constitution
+    from pipeline.estimate import live_requests
+    from pipeline.jobs import constitution_file
     from pipeline.train.plan import plan
     from pipeline.train.ppo import plan_ppo
 
@@ -328,15 +331,23 @@ def _dry_run(console: Console, trainer: str, job: Job, settings: Settings, score
             metrics=[f"eval/{name}" for name in names],
             scorer=scorer,
         )
-    memory = found.memory
+    memory, asked = found.memory, {}
+    if trainer == "ppo":
+        asked["answers"] = found.answers
+        if settings.train_ppo.reward in ("judge", "graded"):
+            constitution = Constitution.load(constitution_file(settings))
+            asked["judge_requests"] = found.answers * live_requests(settings, constitution)
     console.report["counts"] = {
         **found.counts,
         "steps": found.steps,
+        **asked,
         "memory": {**memory._asdict(), "total": memory.total, "advice": found.advice},
     }
     for split, counts in found.counts.items():
         console.show(f"{split}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     console.show(f"steps         {found.steps:>12,}")
+    for name, number in asked.items():
+        console.show(f"{name:<14}{number:>12,}  at most")
     for part in ("weights", "gradients", "optimizer", "activations", "total", "free"):
         console.show(f"{part:<12}  {getattr(memory, part) / 2**20:>12,.1f}  MiB")
     console.show(found.advice or f"fits, with microbatches of up to {memory.tokens} tokens")

@@ -20,12 +20,13 @@ from pipeline.train.trackers import check_installed
 
 
 class Plan(NamedTuple):
-    """What a training would do. advice: what would fit into memory, '' if this does."""
+    """What a training would do. advice: what would fit into memory, '' if this does. answers: that PPO has scored."""
 
     counts: dict[str, Any]
     steps: int
     memory: Memory
     advice: str
+    answers: int = 0
 
 
 def plan(

@@ -15,7 +15,7 @@ from pipeline import jobs
 from pipeline.chain import DATA_STAGES
 from pipeline.cli.training import KINDS
 from pipeline.config.settings import Settings
-from pipeline.estimate import Call, Measured, estimate, num_steps
+from pipeline.estimate import Call, Measured, estimate, live_requests, num_steps
 from pipeline.train import rows
 from tests.support import Command, Server, play, write_prompts
 
@@ -220,3 +220,19 @@ def test_the_most_steps_are_those_of_every_row_that_the_prompts_may_give(
     one = {name: {"batch_size": 1, "epochs": 1} for name in TRAININGS}
     settings = Settings.model_validate({**sections, **one})
     assert {trainer: num_steps(settings, trainer, prompts) for trainer in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("reward", "rank", "expected"),
+    [
+        ("graded", {"principles": 3}, 3),
+        ("judge", {"principles": 3}, 6),
+        ("judge", {"principles": 3, "order": "single"}, 3),
+        ("judge", {"principles": "all", "chain_of_thought": True}, 18 * 2 * 2),
+    ],
+)
+def test_a_live_judge_is_asked_under_each_principle_in_each_order(
+    reward: str, rank: dict[str, Any], expected: int
+) -> None:
+    settings = Settings.model_validate({"train_ppo": {"reward": reward}, "rank": rank})
+    assert live_requests(settings, Constitution.default()) == expected

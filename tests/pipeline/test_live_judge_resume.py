@@ -133,9 +133,13 @@ def test_a_killed_training_pays_for_no_reply_twice_and_ends_in_the_same_bytes(
 ) -> None:
     write_rows(tmp_path / "rows.jsonl")
     server, other, work = serve(), serve(), tmp_path / ".ppo.training"
+    planned = cai(*cai_options(tmp_path, other.url), "--out", "whole", "--dry-run")
+    most = json.loads(planned.stdout)["counts"]["judge_requests"]
+    assert other.num_received() == 0
     whole = cai(*cai_options(tmp_path, other.url), "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     counts = json.loads(whole.stdout)["counts"]["work"]
+    assert most / 2 < other.num_received() <= most
     assert 0 < counts["cost"] < 3.0 * counts["prompt_tokens"] / 1e6  # the starting model's answers cost nothing
     fault = f"before:1:replace {work}/checkpoints/.step-00000002"
     killed = cai(*cai_options(tmp_path, server.url), "--out", "ppo", fault=fault)

@@ -111,11 +111,14 @@ def ppo_options(folder: Path) -> list[str]:
 
 def test_ppo_learns_from_a_function_and_its_dry_run_writes_nothing(cai: Command, tmp_path: Path) -> None:
     planned = cai(*ppo_options(tmp_path), "--dry-run", "--json")
-    assert json.loads(planned.stdout)["counts"]["steps"] == 3, planned.stderr
+    counts = json.loads(planned.stdout)["counts"]
+    assert counts["steps"] == 3, planned.stderr
     assert not (tmp_path / "ppo").exists()
     done = cai(*ppo_options(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["counts"]["train-ppo"]["train"]["rows"] == 24
+    read = json.loads(done.stdout)["counts"]["train-ppo"]
+    assert read["train"]["rows"] == 24
+    assert counts["answers"] == 24 + 2 * read["test"]["rows"]  # evaluated at the start and at the end
     AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
 
 
