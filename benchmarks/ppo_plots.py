@@ -69,7 +69,7 @@ def plot_ptx(curves: dict[str, list[Curve]], path: Path) -> None:
         of_loss = [[(line["step"], 100 * line["loss_ratio"]) for line in own.measured] for own in each]
         draw(loss, of_loss, name, colour, marker="o")
         draw(score, [[(line["step"], line["scores"]) for line in own.measured] for own in each], name, colour, "o")
-    loss.set_ylabel("loss on pretraining text, % of the SFT model's", fontsize=9)
+    loss.set_ylabel("loss on pretraining text, % of SFT's", fontsize=9)
     score.set_ylabel("mean score of the reward model", fontsize=9)
     for panel in (loss, score):
         panel.set_xlabel("PPO step", fontsize=9)

@@ -123,15 +123,20 @@ async def _continue(model: VllmModel, row: Row, lora: Any) -> None:
         raise EngineDown(f"vLLM gave a completion up ({part.finish_reason}); run again")
 
 
+def check_sampler(settings: Settings) -> None:
+    """Raises EngineRefused or UsageError for what `vllm_sampler` cannot do."""
+    require_vllm("train_ppo.sampler", instead="decode")
+    if settings.engine.device != "auto":
+        raise EngineRefused("engine.device: vllm takes the visible GPUs; choose with CUDA_VISIBLE_DEVICES instead")
+    if settings.train_ppo.lora and settings.train_ppo.lora.quantize:
+        raise UsageError("train_ppo.sampler: vllm cannot draw with lora.quantize; set it to decode")
+
+
 @contextmanager
 def vllm_sampler(settings: Settings) -> Iterator[VllmSampler]:
     """What the settings of training and of the engine say, until the end of the block. Loads when it first draws."""
+    check_sampler(settings)
     engine, ppo = settings.engine, settings.train_ppo
-    require_vllm("train_ppo.sampler", instead="decode")
-    if engine.device != "auto":
-        raise EngineRefused("engine.device: vllm takes the visible GPUs; choose with CUDA_VISIBLE_DEVICES instead")
-    if ppo.lora and ppo.lora.quantize:
-        raise UsageError("train_ppo.sampler: vllm cannot draw with lora.quantize; set it to decode")
     sampler = VllmSampler(
         {
             "skip_tokenizer_init": True,

@@ -41,6 +41,7 @@ def run_command(
 ) -> None:
     from pipeline import jobs, recipe
     from pipeline.chain import DATA_STAGES
+    from pipeline.cli.training import check_ppo
     from pipeline.store import RunFolder
     from pipeline.voices import check_models
 
@@ -52,6 +53,8 @@ def run_command(
         jobs.start_model(run, settings, trainers[0], None)
     steps = recipe.steps(settings.recipe, trainers)
     RunFolder.check(run, create=True)
+    if "ppo" in trainers:
+        check_ppo(run, settings, trainers)
     check_models(settings, DATA_STAGES)  # before prompts are brought in, which a mended call would keep
     if dry_run:
         _show_estimate(console, run, settings, steps, limit, calibrate)

@@ -91,11 +91,43 @@ def _scorer(trainer: str, settings: Settings, run: Path, model: str | None, *, i
     """The model that gives scores in this training, if there is one. model: that the call names."""
     from pipeline.jobs import scoring_model
 
+    reward = settings.train_ppo.reward
+    if trainer == "ppo" and model and reward not in ("model", "policy"):
+        raise UsageError(f"--reward-model: train_ppo.reward {reward} gives the scores; leave one of them away")
     is_needed = {
         "rrhf": settings.train_rrhf.resample_every is not None,
-        "ppo": settings.train_ppo.reward == "model" and in_run,
+        "ppo": reward == "model" and in_run,
     }
     return scoring_model(run, model) if model or is_needed.get(trainer) else None
+
+
+def check_ppo(run: Path, settings: Settings, trainers: Sequence[str]) -> None:
+    """What `cai run` would learn only when all else is done: whether PPO has what gives scores, and its sampler."""
+    from pipeline import jobs
+
+    reward = settings.train_ppo.reward
+    if reward == "policy":
+        raise UsageError("train_ppo.reward: policy: `cai train-ppo --reward-model MODEL` names one, `cai run` cannot")
+    if reward == "model" and "rm" not in trainers:
+        jobs.scoring_model(run, None, options="`rm` before `ppo` in recipe.trainers")
+    _check_inputs(settings)
+
+
+def _check_inputs(settings: Settings) -> None:
+    """What PPO takes besides rows and models, without running or opening it."""
+    from pipeline.train.rewards import find_function
+    from pipeline.vllm_rollouts import check_sampler
+    from pipeline.voices import check_models
+
+    if settings.train_ppo.sampler == "vllm":
+        check_sampler(settings)
+    if (reward := settings.train_ppo.reward) in ("judge", "graded"):
+        judge = settings.engine_for(settings.judge)
+        if judge.model is None and judge.backend != "scripted":
+            raise UsageError(f"train_ppo.reward: {reward}: no model judges; set judge.model, or engine.model")
+        check_models(settings, ("rank",))
+    elif reward not in ("model", "policy"):
+        find_function(reward)
 
 
 def _call(
@@ -140,6 +172,14 @@ def _train_ppo(console: Console, job: Job, settings: Settings, reward_model: str
 def _train(console: Console, trainer: str, *, dry_run: bool, reward_model: str | None = None, **options: Any) -> None:
     """By itself, or as one of the processes that torchrun started; of these the first one speaks."""
     run, in_run = options["run"], options["out"] is None
+
+    def read() -> tuple[Job, Settings, str | None]:
+        job, settings = _read_job(console, trainer, **options)
+        scorer = _scorer(trainer, settings, run, reward_model, in_run=in_run)
+        if trainer == "ppo":
+            _check_inputs(settings)
+        return job, settings, scorer
+
     with ExitStack() as held:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from pipeline.train import ranks
@@ -147,11 +187,9 @@ def _train(console: Console, trainer: str, *, dry_run: bool, reward_model: str |
             held.enter_context(ranks.joined())
             if ranks.rank():
                 console.mute()
-            job, settings = ranks.together(lambda: _read_job(console, trainer, **options))
-            scorer = ranks.together(lambda: _scorer(trainer, settings, run, reward_model, in_run=in_run))
+            job, settings, scorer = ranks.together(read)
         else:
-            job, settings = _read_job(console, trainer, **options)
-            scorer = _scorer(trainer, settings, run, reward_model, in_run=in_run)
+            job, settings, scorer = read()
         console.say(f"start: {job.start}")
         _check_out(job, trainer)
         if dry_run:
@@ -217,7 +255,7 @@ def _carry_out(
 
     with ExitStack() as held:
         if run:
-            made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job))
+            made_from = ranks.first(lambda: _made_from(_hold_run(console, run, settings, held), trainer, job, scorer))
             job = replace(job, made_from=made_from)
         _hold_output(job, held)
         with _stop_requests() as should_stop, watching(console) as watch:
@@ -254,7 +292,7 @@ def train_in_run(
     scorer = _scorer(trainer, settings, run, None)
     with ExitStack() as held, _stop_requests() as should_stop, watching(console) as watch:
         _hold_output(job, held)
-        made_from = _made_from(opened, trainer, job)
+        made_from = _made_from(opened, trainer, job, scorer)
         job = replace(job, made_from=made_from, watch=watch, should_stop=lambda: should_stop() or is_late())
         report = _call(console, trainer, job, settings, scorer=scorer, spent=spent)
     _show(console, trainer, report)
@@ -262,7 +300,7 @@ def train_in_run(
     release_memory()
 
 
-def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
+def _made_from(opened: JobOfRun, trainer: str, job: Job, scorer: str | None) -> dict[str, str]:
     """What of the run a training depends on, as it is now."""
     from pipeline import jobs
     from pipeline.train.rows import dataset_of
@@ -271,7 +309,7 @@ def _made_from(opened: JobOfRun, trainer: str, job: Job) -> dict[str, str]:
     if str(run) in [source.path for source in job.sources]:
         names += [f"datasets/{dataset_of(run, KINDS[trainer]).name}"]
     names += ["models/sft"] if job.start == str(run / "models" / "sft") else []
-    names += ["models/rm"] if trainer == "ppo" and opened.settings.train_ppo.reward == "model" else []
+    names += ["models/rm"] if trainer == "ppo" and scorer == str(run / "models" / "rm") else []
     return {"constitution": opened.constitution.digest, **jobs.made_from(opened.run, *names)}
 
 

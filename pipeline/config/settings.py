@@ -13,7 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EngineSettings(Section):
@@ -289,6 +289,10 @@ class TrainPpoSettings(TrainSettings):
     def _fits_together(self) -> TrainPpoSettings:
         if self.advantages in ("rloo", "group-relative") and self.num_samples < 2:
             raise ValueError(f"advantages: {self.advantages} compares samples of a prompt; set num_samples: 2 or more")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target: steers kl_coef by factors, which leave 0 as it is; set kl_coef to more than 0")
+        if self.ptx_data is not None and self.ptx_coef == 0:
+            raise ValueError("ptx_data: has no effect while ptx_coef is 0; set both, or none")
         return self
 
 

@@ -33,6 +33,10 @@ class Best:
             self.step, self.metrics = step, metrics
         return is_better
 
+    def pass_over(self) -> None:
+        """An evaluation that cannot be the best."""
+        self.stale += 1
+
     @property
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "stale": self.stale, "metrics": self.metrics}

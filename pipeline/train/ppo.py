@@ -201,7 +201,9 @@ def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None =
     config, tokenizer = load_config(job.start), load_tokenizer(job.start)
     check_tokenizer(tokenizer, config.get_text_config().vocab_size, job.start)
     _check_reward(settings, reward_model, fingerprint(config, tokenizer, dtype=torch.float32)["tokenizer"])
-    prompts, _ = _read_prompts(job, settings, Chat(tokenizer), context_of(config))
+    chat, context = Chat(tokenizer), context_of(config)
+    prompts, tallies = _read_prompts(job, settings, chat, context)
+    _read_ptx(job, settings, chat, context, tallies)
     if len(prompts["test"]) and settings.reward not in ("judge", "graded"):  # a judge adds what it measures
         Best(settings.select).check(EVALUATED)
     train, longest = prompts["train"].data, Data()
@@ -254,6 +256,9 @@ def _read_prompts(
             job.say(f"{split}: {lost} prompts longer than {room} tokens left out; {cure}")
     if not len(found["train"]):
         raise UsageError(f"all prompts are longer than {room} tokens; {cure}")
+    for key in ("kl_budget", "patience"):
+        if getattr(settings, key) is not None and not len(found["test"]):
+            raise UsageError(f"train_ppo.{key}: no test prompt to evaluate on; leave it away, or give more prompts")
     return found, tallies
 
 

@@ -143,7 +143,9 @@ class Run:
         }
         check_finite(f"{self.task.folder}: evaluation after step {self.step}", found)
         ranks.together(lambda: self.best.check(found))
-        if self.step and (budget is None or found["eval/kl"] <= budget) and self.best.take(self.step, found):
+        if self.step and budget is not None and found["eval/kl"] > budget:
+            self.best.pass_over()
+        elif self.step and self.best.take(self.step, found):
             weights = self.learners["policy"].parameters
             checkpoints.write(self.task.folder / "best", {"step": self.step}, {"policy": weights})
         self._swap(own)

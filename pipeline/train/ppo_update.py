@@ -269,6 +269,7 @@ def objective_metrics(
     }
     if has_values:
         errors, returns = (targets.returns - rollouts.values)[mask], targets.returns[mask]
-        found["val/explained_variance"] = 1 - errors.var() / returns.var().clamp(min=1e-8)
+        unexplained, whole = (each.var(correction=0) for each in (errors, returns))
+        found["val/explained_variance"] = 1 - unexplained / whole.clamp(min=1e-8)
         found["val/mean"] = rollouts.values[mask].mean()
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,14 +85,21 @@ def reencoded(rollouts: Rollouts, chat: Chat) -> Data:
     return data
 
 
-def open_function(path: str) -> Source:
-    """`FILE.py:FUNCTION`, a function of conversations and completions that gives as many numbers. Raises UsageError."""
+def find_function(path: str) -> tuple[str, str]:
+    """The file and the function's name; the file is there, and is not run."""
     file, _, name = path.rpartition(":")
     if not Path(file).is_file():
         raise UsageError(f"train_ppo.reward: {file}: no such file; give FILE.py:FUNCTION")
+    return file, name
+
+
+def open_function(path: str) -> Source:
+    """`FILE.py:FUNCTION`, a function of conversations and completions that gives as many numbers. Raises UsageError."""
+    file, name = find_function(path)
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it, and behind all else
     try:
         function = runpy.run_path(file)[name]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"train_ppo.reward: {path}: cannot be had: {type(error).__name__}: {error}") from error
     return Source(FunctionScore(path, function), {"function": f"{name} {file_sha256(Path(file))}"})
 
@@ -111,7 +119,7 @@ class FunctionScore:
         try:
             found = self.function([rollouts.conversations[row] for row in owners], list(rollouts.texts))
             scores = [float(score) for score in found]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"{self.path}: raised {type(error).__name__}: {error}") from error
         if len(scores) != len(owners):
             raise UsageError(f"{self.path}: gave {len(scores)} scores for {len(owners)} completions")

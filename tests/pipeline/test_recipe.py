@@ -197,6 +197,24 @@ def test_a_dry_run_counts_both_phases_and_the_trainings(whole: Path, cai: Comman
     assert not (cai.folder / "d").exists()
 
 
+@pytest.mark.parametrize(
+    ("trainers", "reward", "message"),
+    [
+        ("sft, ppo", "model", "no models/rm here"),
+        ("sft, rm, ppo", "policy", "`cai run` cannot"),
+        ("sft, ppo", "no.py:score", "train_ppo.reward: no.py: no such file"),
+    ],
+)
+def test_a_run_that_ppo_cannot_end_does_not_begin(trainers: str, reward: str, message: str, cai: Command) -> None:
+    (cai.folder / "p.jsonl").write_text('{"prompt": "Hello."}\n')
+    settings = (f"recipe.trainers=[{trainers}]", f"train_ppo.reward={reward}")
+    assignments = [part for each in settings for part in ("--set", each)]
+    failed = cai("run", "--run", "r", "--model", "nano", "--prompts", "p.jsonl", *assignments)
+    assert failed.returncode == 2
+    assert message in failed.stderr.splitlines()[-1]
+    assert not list(cai.folder.glob("r/prompts/*"))
+
+
 def test_a_run_stopped_while_it_trains_goes_on_there(whole: Path, cai: Command) -> None:
     shutil.copytree(whole, cai.folder / "r")
     process = cai.start("run", "--run", "r", "--set", "train_dpo.epochs=2000")

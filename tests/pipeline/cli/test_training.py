@@ -122,6 +122,22 @@ def test_ppo_learns_from_a_function_and_its_dry_run_writes_nothing(cai: Command,
     AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reward-model", "nano"], "--reward-model: train_ppo.reward short.py:score gives the scores"),
+        (["--set", "train_ppo.reward=graded"], "train_ppo.reward: graded: no model judges; set judge.model"),
+        (["--set", "train_ppo.ptx_coef=1", "--set", "train_ppo.ptx_data=no.jsonl"], "no.jsonl"),
+    ],
+)
+def test_ppo_refuses_in_a_dry_run_what_it_would_refuse(
+    more: list[str], message: str, cai: Command, tmp_path: Path
+) -> None:
+    failed = cai(*ppo_options(tmp_path), *more, "--dry-run")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert message in failed.stderr.splitlines()[-1]
+
+
 def test_ppo_without_a_reward_is_told_how_to_get_one(cai: Command, tmp_path: Path) -> None:
     failed = cai(*ppo_options(tmp_path), "--set", "train_ppo.reward=model")
     assert failed.returncode == 2

@@ -210,6 +210,7 @@ def test_a_policy_that_no_longer_computes_is_neither_drawn_from_nor_kept(
     [
         ("return [float('nan')] * len(completions)", "gave nan for a completion of prompt row"),
         ("raise KeyError('bicycle')", "raised KeyError: 'bicycle'"),
+        ("raise SystemExit(0)", "raised SystemExit: 0"),
         ("return [1.0]", "gave 1 scores for"),
         ("return ['good'] * len(completions)", "raised ValueError"),
     ],
@@ -223,9 +224,41 @@ def test_a_reward_function_that_fails_is_named(
 
 
 def test_a_reward_function_that_is_not_there_is_refused(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    for reward, complaint in ((f"{tmp_path}/no.py:score", "no such file"), (f"{__file__}:nothing", "cannot be had")):
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)")
+    for reward, complaint in (
+        (f"{tmp_path}/no.py:score", "no such file"),
+        (f"{__file__}:nothing", "cannot be had"),
+        (f"{tmp_path}/ends.py:score", "cannot be had: SystemExit"),
+    ):
         with pytest.raises(UsageError, match=complaint):
             run_ppo(data, models[0], None, tmp_path / "ppo", keys={"reward": reward})
+
+
+def test_a_reward_function_finds_what_lies_beside_it(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    (tmp_path / "lies_beside.py").write_text(
+        "def score(conversations, completions):\n    return [1.0] * len(completions)\n"
+    )
+    (tmp_path / "reward.py").write_text("from lies_beside import score\n")
+    keys = {"epochs": 1, "missing_eos_penalty": 0.0}
+    run_ppo(data, models[0], None, tmp_path / "ppo", keys={**keys, "reward": f"{tmp_path}/reward.py:score"})
+    assert lines(tmp_path / "ppo")[-1]["objective/scores"] == pytest.approx(1.0)
+
+
+def test_evaluations_beyond_the_kl_budget_use_up_the_patience(
+    models: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    keys = {"eval_every": 1, "kl_budget": 1e-9, "patience": 2, "epochs": 2, "learning_rate": 1e-2}
+    run_ppo(data, *models, tmp_path / "ppo", keys=keys)
+    assert [line["step"] for line in lines(tmp_path / "ppo")] == [0, 1, 2]
+
+
+def test_a_kl_budget_needs_test_prompts(models: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {word}.", "split": "train"} for word in ("one", "two", "three")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for key, value in (("kl_budget", 1.0), ("patience", 1)):
+        with pytest.raises(UsageError, match=rf"^train_ppo.{key}: no test prompt"):
+            run_ppo(data, *models, tmp_path / "ppo", keys={key: value})
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused_or_reads_the_text_again(
@@ -277,6 +310,15 @@ def test_prompts_longer_than_the_context_are_left_out_or_cut(
         run_ppo(long, *models, tmp_path / "none", keys={"max_length": 8})
 
 
-def test_baselines_that_compare_samples_need_two_of_them() -> None:
-    with pytest.raises(ValueError, match="num_samples: 2 or more"):
-        Settings.model_validate({"train_ppo": {"advantages": "rloo"}})
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"advantages": "rloo"}, "num_samples: 2 or more"),
+        ({"kl_coef": 0.0, "kl_target": 1.0}, "set kl_coef to more than 0"),
+        ({"ptx_data": "text.jsonl"}, "no effect while ptx_coef is 0"),
+        ({"cliprange": math.inf}, "cliprange"),
+    ],
+)
+def test_settings_without_effect_or_bounds_are_refused(keys: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Settings.model_validate({"train_ppo": keys})

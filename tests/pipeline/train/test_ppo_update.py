@@ -172,6 +172,15 @@ def test_at_the_first_update_every_ratio_is_1_and_the_kl_is_0(value: str, models
     assert metrics["objective/rlhf_reward"] == pytest.approx(metrics["objective/scores"], abs=1e-5)
 
 
+def test_a_step_of_a_single_token_has_finite_metrics(models: tuple[Path, Path]) -> None:
+    networks, chat, prompts, source = opened(*models, max_tokens=1)
+    rollouts = roll_out(networks, chat, prompts, [0], seed=[0, 0], num_samples=1)
+    scores = source.score(rollouts)
+    targets = aim(rollouts, scores, networks.settings, kl_coef=KL_COEF)
+    metrics = objective_metrics(rollouts, scores, targets, kl_coef=KL_COEF, has_values=True)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
 def test_padding_changes_neither_targets_nor_metrics(models: tuple[Path, Path]) -> None:
     networks, chat, prompts, source = opened(*models)
     rollouts = some_rollouts(networks, chat, prompts)
