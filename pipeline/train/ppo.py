@@ -81,6 +81,8 @@ def train_ppo(
     if found := ranks.first(lambda: published(job.out, identity)):
         return Report(job.out, Outcome(found["step"], found["metrics"]), counts, is_new=False)
     folder = ranks.first(lambda: work_folder(job.out, identity, job.say))
+    if settings.advantages == "gae" and settings.value_start == "reward" and source.model is None:
+        job.say("the value function begins at zero: no reward model here that reads the policy's tokens")
     networks = open_networks(
         policy, job.start, source.model, settings, device=job.device, seed=job.seed, divides=divides
     )

@@ -67,7 +67,8 @@ def test_training_stopped_at_each_of_6_steps_gives_the_same_bytes(
 
 
 def test_the_first_step_has_no_kl_and_the_folder_loads(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
-    report = run_ppo(data, *models, tmp_path / "ppo", keys={"num_inner_epochs": 1, "minibatch_size": 8})
+    keys = {"num_inner_epochs": 1, "minibatch_size": 8, "num_logged": 3}
+    report = run_ppo(data, *models, tmp_path / "ppo", keys=keys)
     first = lines(tmp_path / "ppo")[1]
     assert abs(first["objective/kl"]) <= 1e-5
     assert first["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
@@ -78,10 +79,11 @@ def test_the_first_step_has_no_kl_and_the_folder_loads(models: tuple[Path, Path]
     AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")
     for name in ("README.md", "curves.png", "reward_kl.png", "training.json"):
         assert (tmp_path / "ppo" / name).stat().st_size > 100
-    sample = lines(tmp_path / "ppo", "samples")[0]
-    assert sample["prompt"][-1]["role"] == "user"
+    samples = lines(tmp_path / "ppo", "samples")
+    assert samples[0]["prompt"][-1]["role"] == "user"
+    assert [sample["step"] for sample in samples[:4]] == [1, 1, 1, 2]
     assert report.counts["train"]["rows"] == 24
-    assert not run_ppo(data, *models, tmp_path / "ppo", keys={"num_inner_epochs": 1, "minibatch_size": 8}).is_new
+    assert not run_ppo(data, *models, tmp_path / "ppo", keys=keys).is_new
 
 
 LIKES_VOWELS = (

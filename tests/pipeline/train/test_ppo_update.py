@@ -172,6 +172,14 @@ def test_at_the_first_update_every_ratio_is_1_and_the_kl_is_0(value: str, models
     assert metrics["objective/rlhf_reward"] == pytest.approx(metrics["objective/scores"], abs=1e-5)
 
 
+def test_a_value_model_of_its_own_may_have_a_learning_rate_of_its_own(models: tuple[Path, Path]) -> None:
+    networks, *_ = opened(*models, learning_rate=1e-3, value_learning_rate=5e-3)
+    assert {name: learner.learning_rate for name, learner in make_learners(networks).items()} == {
+        "policy": 1e-3,
+        "value": 5e-3,
+    }
+
+
 def test_a_step_of_a_single_token_has_finite_metrics(models: tuple[Path, Path]) -> None:
     networks, chat, prompts, source = opened(*models, max_tokens=1)
     rollouts = roll_out(networks, chat, prompts, [0], seed=[0, 0], num_samples=1)
