@@ -25,6 +25,8 @@ _THINK, _THOUGHT = "<think>", "</think>"
 # Some templates write a date. Today's would change a run's prompts overnight; this is those templates' own default.
 _DATE = "26 Jul 2024"
 _BORDER = 48  # characters of a raw prompt's end that can share a token with what follows
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+"""What ends a text in pretraining, where the tokenizer's own end of a chat model is that of a turn."""
 
 
 _KEPT_PIECES = 1024
@@ -62,6 +64,8 @@ class Chat:
         added = tokenizer.added_tokens_decoder
         special = {n for n, token in added.items() if token.special}
         self._control = special | {n for n, token in added.items() if token.content in self.template}
+        ends = sorted(n for n in special if added[n].content in _TEXT_ENDS)
+        self._text_end = (ends or [n for n in (tokenizer.eos_token_id,) if n is not None])[:1]
         self._hidden = special - {n for n, token in added.items() if token.content in (_THINK, _THOUGHT)}
         texts = {added[n].content for n in self._control} | set(_LITERALS.findall(self.template))
         self._marker = re.compile(
@@ -94,6 +98,11 @@ class Chat:
             safe = [Message(role=m["role"], content=text) for m, text in zip(messages, contents, strict=True)]
             token_ids = self._encode(self._render(safe, reply=True, reasoning=reasoning), hidden, seam)
         return Encoded(token_ids, len(hidden))
+
+    def document(self, text: str) -> Encoded:
+        """Tokens of a text by itself, with the model's first token and the one that ends a text, where it has them."""
+        (safe,), hidden, seam = self._hide([text])
+        return Encoded([*self._leading, *self._encode(safe, hidden, seam), *self._text_end], len(hidden))
 
     def _in_pieces(self, text: str) -> list[int]:
         """Tokens of raw text, of which most is worked examples that were seen before."""

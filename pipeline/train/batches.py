@@ -41,7 +41,8 @@ class Data:
     """Tokenised rows in flat arrays: all tokens one after the other, and where each prompt and completion ends.
 
     left_out: reason -> rows. longest: id and tokens of the longest row that was too long. refused: id of the first row
-    that the chat template refuses, and why; '' if there is none. num_cut: rows whose prompt lost its beginning.
+    that the chat template refuses, and why; '' if there is none. num_cut: rows whose prompt lost its beginning, and
+    plain texts that lost their end.
     label_sources: of the rows of its sources. fresh: row -> what it has besides; no part of `completions` and `digest`.
     """
 
@@ -163,8 +164,8 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
     """Every row as the model will see it: the prompt as it is asked, each completion to the token that ends its turn.
 
     max_length: tokens of a prompt with its longest completion. A longer row is dropped, or its prompt loses its
-    beginning; completions stay whole. A row that the template refuses is left out. Raises
-    EngineRefused without a chat template.
+    beginning; completions stay whole. A row that the template refuses is left out. A row without a prompt is a plain
+    text; see `_take_text`. Raises EngineRefused without a chat template.
     """
     data = Data()
     for row in rows:
@@ -174,6 +175,8 @@ def tokenise(rows: Iterable[Row], chat: Chat, *, max_length: int, too_long: TooL
 
 def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong) -> bool:
     """Adds a row to the data, or counts it as left out and says so. As `tokenise`."""
+    if not row.prompt:
+        return _take_text(data, row, chat, max_length=max_length, too_long=too_long)
     prompt = prompt_tokens(data, row, chat)
     if prompt is None:
         return False
@@ -185,11 +188,32 @@ def take(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong
         data.num_cut += 1
         data.add(row, prompt[len(prompt) - room :], completions)
     else:
-        data.left_out["too_long"] += 1
-        length = len(prompt) + max(map(len, completions))
-        data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
-        return False
+        return _leave_out(data, row, len(prompt) + max(map(len, completions)))
     return True
+
+
+def _take_text(data: Data, row: Row, chat: Chat, *, max_length: int, too_long: TooLong) -> bool:
+    """Of a plain text every token but the first is learned; a longer one is dropped, or loses its end.
+
+    A text of fewer than two tokens of its own counts as empty.
+    """
+    (text,) = row.completions
+    tokens = chat.document(text).token_ids
+    if len(tokens) < 2 + len(chat.document("").token_ids):
+        data.left_out["empty"] += 1
+        return False
+    if len(tokens) > max_length and (too_long == "drop" or max_length < 2):
+        return _leave_out(data, row, len(tokens))
+    data.num_cut += len(tokens) > max_length
+    data.add(row, tokens[:1], [tokens[1:max_length]])
+    return True
+
+
+def _leave_out(data: Data, row: Row, length: int) -> bool:
+    """Counts a row that is too long; False."""
+    data.left_out["too_long"] += 1
+    data.longest = max(data.longest, (row.id, length), key=lambda each: each[1])
+    return False
 
 
 def prompt_tokens(data: Data, row: Row, chat: Chat) -> list[int] | None:

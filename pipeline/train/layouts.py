@@ -21,13 +21,15 @@ from pipeline.records import Message
 
 DOCS = "see docs/datasets.md"
 
-Kind = Literal["sft", "pairs", "comparisons", "ranked", "prompts", "any"]
-"""comparisons: a pair, or all pairs of a ranking.
+Kind = Literal["sft", "language", "pairs", "comparisons", "ranked", "prompts", "any"]
+"""language: as sft, or a plain text. comparisons: a pair, or all pairs of a ranking.
 
 any: all completions that a row has, with the scores or the order that they may have.
 """
 
 _WHOLE = ("messages", "transcript", "text")
+_BESIDE_TEXT = ("prompt", "completion", "completions", "chosen", "messages", "transcript", "instruction", "output")
+"""Columns that make a row a conversation, whatever its text is."""
 
 
 class Comparison(NamedTuple):
@@ -41,7 +43,8 @@ class Comparison(NamedTuple):
 class Example(NamedTuple):
     """What a row teaches.
 
-    prompt: ends with a user turn. completions: none (prompts), one (sft), two (pairs) or more (ranked); not empty.
+    prompt: ends with a user turn; of a plain text []. completions: none (prompts), one (sft, language), two (pairs) or
+    more (ranked); not empty.
     probability: in [0, 1], that the first of a pair is better. scores: of each ranked completion, higher is better; of
     kind any () where a row says nothing of its order. comparisons: at least one, of that kind alone.
     """
@@ -75,6 +78,8 @@ def read_example(fields: dict[str, Any], where: str, kind: Kind) -> Example | st
     columns = {name: value for name, value in fields.items() if value is not None}
     if kind == "sft":
         return _imitation(columns, where)
+    if kind == "language":
+        return _language(columns, where)
     if kind == "pairs":
         return _pair(columns, where)
     if kind == "comparisons":
@@ -108,6 +113,15 @@ def _imitation(columns: dict[str, Any], where: str) -> Example | str:
     else:
         found = _answered(columns[name], name, None if name in _WHOLE else _read_prompt(columns, where), where)
     return _fault([found]) or Example(found.prompt, (found.answer,))
+
+
+def _language(columns: dict[str, Any], where: str) -> Example | str:
+    """A text that is no transcript is learned whole, as no turn of a conversation."""
+    value = columns.get("text")
+    if not isinstance(value, str) or is_transcript(value) or any(name in columns for name in _BESIDE_TEXT):
+        return _imitation(columns, where)
+    text = read_text(value, where, "text")
+    return Example([], (text,)) if text.strip() else "empty"
 
 
 def _question(columns: dict[str, Any], where: str) -> Example | str:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.config.settings import TrainPpoSettings
-from pipeline.errors import StoppedError, UsageError
+from pipeline.errors import IncompleteError, StoppedError, UsageError
 from pipeline.lm.load import check_tokenizer, context_of, ends, fingerprint, load_config, load_tokenizer, pick_device
 from pipeline.lm.templates import Chat
 from pipeline.records import Line
@@ -265,15 +265,31 @@ def _read_prompts(
 
 
 def _read_ptx(job: Job, settings: TrainPpoSettings, chat: Chat, context: int, tallies: list[rows.Tally]) -> Data | None:
-    """What keeps the policy's language up; the job's own sources if none is named."""
+    """What keeps the policy's language up, plain texts too; the job's own sources if none is named.
+
+    Raises UsageError (2) if all rows are too long, IncompleteError (3) if none teaches anything.
+    """
     if not settings.ptx_coef:
         return None
     sources = [rows.parse_source(settings.ptx_data)] if settings.ptx_data else job.sources
     own: list[rows.Tally] = []
-    found = heed(job, rows.read(sources, kind="sft", split="train", shares=job.shares, tallies=own))
-    data = tokenise(found, chat, max_length=min(settings.max_length or context, context), too_long=settings.too_long)
+    found = heed(job, rows.read(sources, kind="language", split="train", shares=job.shares, tallies=own))
+    max_length = min(settings.max_length or context, context)
+    data = tokenise(found, chat, max_length=max_length, too_long=settings.too_long)
+    empty = data.left_out["empty"]
     tell_read(job, "train", data, own)
     tallies += own
+    if empty:
+        job.say(f"ptx: empty {empty} left out, texts of one token")
+    if lost := data.left_out["too_long"]:
+        id, length = data.longest
+        cure = "shorten them" if settings.too_long == "cut" else "set too_long: cut"
+        said = f"longer than {max_length} tokens, the longest {id} with {length}; {cure}"
+        if not len(data):
+            raise UsageError(f"train_ppo.ptx_data: all rows are {said}")
+        job.say(f"ptx: {lost} rows left out, {said}")
+    if not len(data):
+        raise IncompleteError("train_ppo.ptx_data: texts of one token alone; nothing to train on")
     return data
 
 

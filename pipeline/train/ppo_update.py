@@ -29,7 +29,7 @@ from pipeline.train.advantages import (
     token_rewards,
     whiten,
 )
-from pipeline.train.batches import Data, batch_at, own_microbatches, pass_tokens
+from pipeline.train.batches import Data, batch_at, own_microbatches, pass_tokens, steps_per_epoch
 from pipeline.train.loop import Tally, Terms, autocast, enough_memory
 from pipeline.train.losses import ppo_policy_loss, ppo_value_loss, sft_loss
 from pipeline.train.networks import Networks, Parameters, Predictions
@@ -108,7 +108,6 @@ def update(
     Raises DivergedError if a loss or gradient is not finite.
     """
     settings, data, tally, norms = networks.settings, rollouts.data, Tally(), []
-    per_epoch = -(-len(data) // settings.minibatch_size)
     for learner in learners.values():
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * learner.learning_rate
@@ -123,8 +122,8 @@ def update(
         if settings.max_approxkl is not None and approxkl > settings.max_approxkl:
             break
         if ptx is not None:
-            at = step * per_epoch * settings.num_inner_epochs + number
-            act = partial(backward_ptx, networks, ptx, len(rows), at, seed, tally.add, where=where)
+            most = steps_per_epoch(settings.batch_size, settings.minibatch_size) * settings.num_inner_epochs
+            act = partial(backward_ptx, networks, ptx, step * most + number, seed, tally.add, where=where)
             shards.by_itself(networks.policy, act)
         if not shards.is_sharded(networks.policy):  # FSDP has done it
             for learner in learners.values():
@@ -215,7 +214,6 @@ def ppo_terms(
 def backward_ptx(
     networks: Networks,
     ptx: Data,
-    num_prompts: int,
     number: int,
     seed: int,
     note: Callable[[Terms], None],
@@ -224,10 +222,11 @@ def backward_ptx(
 ) -> None:
     """PPO-ptx: adds ptx_coef times the gradient of the mean negative log-likelihood of other data's tokens.
 
-    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. number: of the minibatch, from the first step on.
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. number: of the update, from the first step on, as if every batch were
+    full. Each has as many rows, and numbers in a row take all of them before any comes again.
     """
     settings = networks.settings
-    size = min(num_prompts * settings.ptx_per_prompt, len(ptx))
+    size = min(min(settings.minibatch_size, settings.batch_size) * settings.ptx_per_prompt, len(ptx))
     rows = batch_at(number, num_rows=len(ptx), batch_size=size, seed=seed)
     num_tokens = sum(map(ptx.num_completion_tokens, rows))
     for part, counts in own_microbatches(ptx, rows, max_tokens=settings.microbatch_tokens):

@@ -31,6 +31,7 @@ Fields = Iterator[tuple[str, dict[str, Any]]]
 
 DATASETS: dict[Kind, tuple[str, ...]] = {
     "sft": ("sft",),
+    "language": ("sft",),
     "pairs": ("preference",),
     "comparisons": ("preference",),
     "ranked": ("ranked",),
@@ -143,8 +144,9 @@ def _read_source(source: Source, kind: Kind, split: Split, shares: SplitSettings
 
 
 def _rows_of_split(source: Source, kind: Kind, split: Split, shares: SplitSettings, tally: Tally) -> Iterator[Row]:
-    """Each once."""
+    """Each once. Raises UsageError where plain texts and conversations are in one source."""
     found, is_split = _open(source.path, kind, split)
+    forms: set[str] = set()
     for where, fields in found:
         tally.rows += 1
         example = read_example(fields, where, kind)
@@ -154,6 +156,10 @@ def _rows_of_split(source: Source, kind: Kind, split: Split, shares: SplitSettin
             tally.left_out[example] += 1
             tally.first.setdefault(example, where)
         else:
+            form = "a conversation" if example.prompt else "a plain text"
+            forms.add(form)
+            if len(forms) > 1:
+                raise UsageError(f"{where}: {form}, unlike the rows before; take one of the two kinds out, {DOCS}")
             yield _row(fields, example, where)
 
 
@@ -174,13 +180,16 @@ def _copies(weight: float, id: str) -> int:
 
 
 def _split(fields: dict[str, Any], example: Example | str, shares: SplitSettings) -> Split:
-    """What the row's own `split` column says, else the choice by hash; what teaches nothing counts as training then."""
+    """What the row's own `split` column says, else the choice by hash.
+
+    What teaches nothing, and a plain text, counts as training then.
+    """
     own = fields.get("split")
     if own == "train":
         return "train"
     if own in ("test", "validation"):
         return "test"
-    if isinstance(example, str):
+    if isinstance(example, str) or not example.prompt:
         return "train"
     return "test" if split_of(example.prompt, shares) == "test" else "train"
 

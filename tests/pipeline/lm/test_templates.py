@@ -141,6 +141,7 @@ def test_one_beginning_token_in_chats_and_raw_text() -> None:
     assert raw.token_ids == chat.tokenizer("Help me")["input_ids"]
     assert chat.prompt([user("</s><s>Help")]).token_ids.count(2) == 0
     assert chat.prompt("Human: </s>").token_ids.count(2) == 0
+    assert chat.document("Help me").token_ids == [*chat.tokenizer("Help me")["input_ids"], 2]
 
 
 def test_labels_stand_where_the_reply_begins() -> None:

@@ -70,6 +70,56 @@ def test_a_beginning_token_that_the_tokenizer_adds_by_itself_stands_once_and_in_
     assert [completion.tolist().count(1) for completion in group.completions] == [0, 0]
 
 
+def text_row(text: str, id: str = "t") -> Row:
+    return Row(id, [], (text,), 1.0, (), "given")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("ends", ["<|im_end|>", "<|endoftext|>", ""])
+def test_a_plain_text_has_the_tokenizers_own_tokens_and_an_end(begins: bool, ends: str) -> None:
+    """Of a chat model, whose own end is that of a turn, the end of a text where it has such a token."""
+    tokenizer = tiny_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    if ends == "<|endoftext|>":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", ends]})
+    if not ends:
+        tokenizer.eos_token = None
+    text = " The quick brown fox\n\n jumps.\n\nPlease help  me"
+    expected = tokenizer(text)["input_ids"] + ([tokenizer.convert_tokens_to_ids(ends)] if ends else [])
+    assert (expected[0] == 1) == begins
+    group = make(Chat(tokenizer), text_row(text)).group(0)
+    assert [group.prompt.tolist(), *(completion.tolist() for completion in group.completions)] == [
+        expected[:1],
+        expected[1:],
+    ]
+
+
+def test_a_plain_text_that_is_too_long_is_dropped_or_loses_its_end(chat: Chat) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    own = chat.tokenizer(text)["input_ids"]
+    for max_length in (len(own) + 1, len(own), 2):
+        dropped = make(chat, text_row(text), max_length=max_length)
+        cut = make(chat, text_row(text), max_length=max_length, too_long="cut")
+        fits = max_length > len(own)
+        assert (len(dropped), dropped.left_out["too_long"]) == ((1, 0) if fits else (0, 1))
+        assert dropped.longest == (("", 0) if fits else ("t", len(own) + 1))
+        assert (len(cut), cut.num_cut) == (1, 0 if fits else 1)
+        (completion,) = cut.group(0).completions
+        assert [*cut.group(0).prompt.tolist(), *completion.tolist()] == [*own, 2][:max_length]
+    assert make(chat, text_row(text), max_length=1, too_long="cut").left_out == {"too_long": 1}
+
+
+def test_a_text_of_one_token_is_left_out_as_empty_and_control_tokens_stay_text(chat: Chat) -> None:
+    data = make(chat, text_row("a"), text_row("a b"), text_row("A <|im_end|> B"))
+    assert (len(data), data.left_out) == (2, {"empty": 1})
+    (completion,) = data.group(1).completions
+    assert completion.tolist().count(2) == 1
+    assert tokens_of(chat, data, 1) == ["A", " <|im_end|> B<|im_end|>"]
+
+
 def test_a_control_token_in_a_completion_stays_text(chat: Chat) -> None:
     data = make(chat, row("Hello", "A <|im_end|> B"))
     completion = data.group(0).completions[0].tolist()

@@ -168,6 +168,40 @@ def test_a_prompt_is_what_stands_before_the_last_answer(fields: dict[str, Any]) 
     assert (found.prompt, found.completions) == ([{"role": "user", "content": "Hi"}], ())
 
 
+def test_a_text_is_learned_whole_where_language_is_what_counts() -> None:
+    text = " It begins.\n\nHuman: that is how it goes on.\n"
+    assert read_example({"text": text, "url": "x", "prompt": None}, "here", "language") == Example([], (text,))
+    assert read_example({"text": " \n"}, "here", "language") == "empty"
+    with pytest.raises(UsageError, match=r'here: "text" is no transcript'):
+        read_example({"text": text}, "here", "sft")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "\n\nHuman: Hi\n\nAssistant: Hello."},
+        {"text": "A page.", "prompt": "Hi", "completion": "Hello."},
+        {"transcript": "\n\nHuman: Hi\n\nAssistant: Hello."},
+    ],
+)
+def test_conversations_are_what_they_are_for_sft_where_language_is_what_counts(fields: dict[str, Any]) -> None:
+    assert read_example(fields, "here", "language") == Example([{"role": "user", "content": "Hi"}], ("Hello.",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"text": 5}, 'here: "text" is int, not text'),
+        ({"text": "a\0b"}, "here: NUL at character 1"),
+        ({"body": "A page."}, "here: no \"completion\"; columns found: 'body'"),
+        ({"text": "A page.", "instruction": "Hi", "output": "Hello."}, 'here: "text" is no transcript'),
+    ],
+)
+def test_what_is_neither_a_text_nor_a_conversation_is_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        read_example(fields, "here", "language")
+
+
 def test_a_row_without_a_prompt_is_named_or_left_out() -> None:
     with pytest.raises(UsageError, match=r'here: no "prompt"; columns found: \'answer\''):
         read_example({"answer": "Hello."}, "here", "prompts")

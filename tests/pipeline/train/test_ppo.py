@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.config.settings import Settings
-from pipeline.errors import DivergedError, StoppedError, UsageError
+from pipeline.errors import DivergedError, IncompleteError, StoppedError, UsageError
 from pipeline.lm.load import load
 from pipeline.train.rollouts import roll_out
 from tests.pipeline.lm.tiny import tiny_tokenizer
 from tests.pipeline.train.ppo_jobs import open_scores, opened, run_ppo, save_pair, save_reward_model
+from tests.pipeline.train.row_files import jsonl
 from tests.pipeline.train.test_stages import stop_after
 
 LORA = {"r": 4, "alpha": 8}
@@ -163,6 +164,43 @@ def test_ptx_keeps_the_loss_on_its_data_down(models: tuple[Path, Path], data: Pa
         run_ppo(data, *models, tmp_path / str(coef), keys=keys)
         losses.append(lines(tmp_path / str(coef))[-1]["loss/ptx"])
     assert losses[1] < losses[0] - 0.2
+
+
+def test_ptx_learns_from_plain_texts(models: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    """One that fits, one too long, one of a single token, an empty one."""
+    text = "The quick brown fox jumps over the lazy dog"
+    path = jsonl(tmp_path / "pages.jsonl", {"text": text}, {"text": f"{text}. " * 300}, {"text": "a"}, {"text": ""})
+    keys = {"ptx_coef": 10.0, "ptx_data": str(path), "learning_rate": 3e-3, "max_grad_norm": 100.0, "epochs": 2}
+    said: list[str] = []
+    run_ppo(data, *models, tmp_path / "ppo", keys=keys, say=said.append)
+    losses = [line["loss/ptx"] for line in lines(tmp_path / "ppo")[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    (told,) = [message for message in said if message.startswith(f"{path}, train")]
+    assert told == f"{path}, train: 3 of 4 rows used, 0 in the other split; left out: empty 1 (first {path}:4)"
+    assert "ptx: empty 1 left out, texts of one token" in said
+    (told,) = [message for message in said if "longer than 512 tokens" in message]
+    assert told.startswith("ptx: 1 rows left out, longer than 512 tokens, the longest ")
+    made = json.loads((tmp_path / "ppo" / "training.json").read_text())
+    assert made["data"]["ptx"]["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "complaint"),
+    [
+        ([{"text": "A page."}, {"prompt": "Hi", "completion": "Hello."}], UsageError, ":2: a conversation, unlike the"),
+        ([{"body": "A page."}], UsageError, ":1: no \"completion\"; columns found: 'body'"),
+        ([{"text": "A page. " * 600}], UsageError, "train_ppo.ptx_data: all rows are longer than 512 tokens"),
+        ([{"text": "a"}], IncompleteError, "train_ppo.ptx_data: texts of one token alone"),
+        ([{"text": " "}], IncompleteError, "left out: empty 1 .* nothing to train on"),
+    ],
+)
+def test_ptx_data_that_is_mixed_or_teaches_nothing_is_refused(
+    rows: list[dict[str, str]], error: type[Exception], complaint: str, data: Path, tmp_path: Path, models: Any
+) -> None:
+    path = jsonl(tmp_path / "pages.jsonl", *rows)
+    with pytest.raises(error, match=complaint) as caught:
+        run_ppo(data, *models, tmp_path / "ppo", keys={"ptx_coef": 1.0, "ptx_data": str(path)})
+    assert "\n" not in str(caught.value)
 
 
 def test_a_score_that_is_not_finite_stops_at_its_step(

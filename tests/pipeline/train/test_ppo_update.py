@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.lm.forward import Group
+from pipeline.train.batches import Data
 from pipeline.train.networks import Networks
 from pipeline.train.ppo_update import (
     aim,
     backward,
+    backward_ptx,
     make_learners,
     minibatches,
     objective_metrics,
@@ -155,6 +158,60 @@ def plain_update(
         for model, optimizer in zip((policy, value_model), optimizers, strict=True):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
+
+
+class PtxRows(Data):
+    """Rows of unequal length, two tokens of prompt each, and which of them were read."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.drawn: list[int] = []
+        for row in range(num_rows):
+            self.add_tokens(str(row), [5 + row, 7], [[(11 * row + 3 * t) % 300 for t in range(3 + 5 * row % 17)]])
+
+    def group(self, index: int) -> Group:
+        self.drawn.append(index)
+        return super().group(index)
+
+
+def test_the_gradient_of_ptx_equals_a_plain_loop(models: tuple[Path, Path]) -> None:
+    """Seven of nine rows, in microbatches; the temperature of rollouts has no part in it."""
+    keys = {"batch_size": 7, "minibatch_size": 7, "ptx_coef": 0.3, "microbatch_tokens": 30, "temperature": 0.5}
+    networks, *_ = opened(*models, **keys)
+    ptx, noted = PtxRows(9), list[Any]()
+    backward_ptx(networks, ptx, 0, 0, noted.append, where="here")
+    found = [p.grad.clone() for p in networks.policy.parameters()]
+    assert len(noted) > 1
+    assert len(set(ptx.drawn)) == len(ptx.drawn) == 7
+
+    networks.policy.zero_grad()
+    total, num_tokens = torch.zeros(()), 0
+    for row in ptx.drawn:
+        prompt, (completion,) = super(PtxRows, ptx).group(row)
+        total = total - plain_logps(networks.policy, prompt.tolist(), completion.tolist()).sum()
+        num_tokens += len(completion)
+    (0.3 * total / num_tokens).backward()
+    for ours, parameter in zip(found, networks.policy.parameters(), strict=True):
+        assert (ours - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
+    losses = torch.cat([terms.metrics["loss/ptx"] for terms in noted])
+    assert losses.mean().item() == pytest.approx(total.item() / num_tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(("last", "num_rows"), [(3, 16), (2, 64)])
+def test_ptx_takes_every_row_before_any_again(last: int, num_rows: int, models: tuple[Path, Path]) -> None:
+    """Four epochs of two steps. A last batch of two prompts has fewer updates than one of three."""
+    keys = {"batch_size": 3, "minibatch_size": 2, "num_inner_epochs": 2, "ptx_coef": 0.1}
+    networks, chat, prompts, _ = opened(*models, **keys)
+    learners, ptx = make_learners(networks), PtxRows(num_rows)
+    for step in range(8):
+        batch = range(3, 3 + last) if step % 2 else range(3)
+        rollouts = roll_out(networks, chat, prompts, batch, seed=[0, step], num_samples=1)
+        targets = aim(rollouts, torch.zeros(len(batch)), networks.settings, kl_coef=KL_COEF)
+        update(networks, learners, rollouts, targets, ptx=ptx, step=step, seed=0, rate=1.0, where="")
+    assert len(ptx.drawn) == 4 * 2 * 2 * (2 + (2 if last == 3 else 1))
+    for start in range(0, len(ptx.drawn), num_rows):
+        part = ptx.drawn[start : start + num_rows]
+        assert len(set(part)) == len(part)
 
 
 @pytest.mark.parametrize("value", ["separate", "joint"])

@@ -54,6 +54,27 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted_by_reason(tmp_path:
     assert tallies[1].left_out == {"tie": 1, "single": 1, "empty": 1}
 
 
+def test_plain_texts_are_trained_on_unless_their_split_says_otherwise(tmp_path: Path) -> None:
+    rows: list[Fields] = [{"text": "Kept.", "split": "test"}, *({"text": f"Page {n}."} for n in range(30))]
+    for path in (jsonl(tmp_path / "a.jsonl", *rows), parquet(tmp_path / "a.parquet", *rows)):
+        found = rows_of(path, "language", shares=SplitSettings(sft=0.1, preference=0.1, test=0.8))
+        assert [(row.prompt, row.completions) for row in found] == [([], (f"Page {n}.",)) for n in range(30)]
+        assert len({row.id for row in found}) == 30
+    assert len(rows_of(path, "language", weight=2.0)) == 60
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", *rows[1:4])
+    assert len(rows_of(f"hf:{folder}", "language")) == 3
+
+
+def test_a_source_of_language_holds_texts_or_conversations(tmp_path: Path) -> None:
+    text, turns = {"text": "A page."}, {"text": "\n\nHuman: Hi\n\nAssistant: Hello."}
+    path = jsonl(tmp_path / "a.jsonl", text, {"text": ""}, turns)
+    assert refusal(UsageError, path, "language").startswith(f"{path}:3: a conversation, unlike the rows before")
+    path = jsonl(tmp_path / "b.jsonl", turns, text)
+    assert refusal(UsageError, path, "language").startswith(f"{path}:2: a plain text, unlike the rows before")
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "message"),
     [
