@@ -91,9 +91,8 @@ def test_labels_of_several_sources_are_counted_apart(trainer: str, start: Path, 
 def test_a_command_counts_refused_rows(arguments: list[str], strict: Path, cai: Command, tmp_path: Path) -> None:
     jsonl(tmp_path / "rows.jsonl", *GOOD, BAD, {**GOOD[0], "prompt": " "})
     model = [str(strict)] if arguments[0] == "score" else ["--model", str(strict)]
-    extra = (
-        ["--set", "train_ppo.max_tokens=8", "--set", "train_ppo.reward=judge"] if arguments[0] == "train-ppo" else []
-    )
+    keys = ("train_ppo.max_tokens=8", "train_ppo.reward=judge", "judge.model=nano")
+    extra = [part for key in keys for part in ("--set", key)] if arguments[0] == "train-ppo" else []
     done = cai(*arguments, *model, "--data", "rows.jsonl", "--out", "out", "--json", *extra)
     assert done.returncode == 0, done.stderr
     assert '"bad_roles": 1' in done.stdout
