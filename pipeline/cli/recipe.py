@@ -41,7 +41,7 @@ def run_command(
 ) -> None:
     from pipeline import jobs, recipe
     from pipeline.chain import DATA_STAGES
-    from pipeline.cli.training import check_ppo
+    from pipeline.cli.ppo import check_ppo
     from pipeline.store import RunFolder
     from pipeline.voices import check_models
 

@@ -12,6 +12,8 @@ weights, optimisers, their average, the KL coefficient and the step, and nothing
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ from pipeline.train.best import Best
 from pipeline.train.curves import draw_reward_kl
 from pipeline.train.loop import Outcome, Progress, compute_dtype
 from pipeline.train.memory import measure
-from pipeline.train.networks import open_networks
+from pipeline.train.networks import Networks, open_networks
 from pipeline.train.optimizer import learning_rate
 from pipeline.train.output import check_out, identity_of, publish, published, work_folder
 from pipeline.train.plan import Plan
@@ -101,6 +103,15 @@ def train_ppo(
         tallies=tallies,
     )
     description["reward"] = {"name": reward_model or settings.reward, **source.fingerprint}
+    _publish(job, settings, networks, loaded.tokenizer, folder, description)
+    return Report(job.out, outcome, counts, is_new=True)
+
+
+def _publish(
+    job: Job, settings: TrainPpoSettings, networks: Networks, tokenizer: Any, folder: Path, description: dict[str, Any]
+) -> None:
+    """The policy as it is now, whole, with its curves and samples."""
+    policy = networks.policy
     if networks.skeleton is not None:
         fill(networks.skeleton, policy)
         policy = networks.skeleton
@@ -109,10 +120,9 @@ def train_ppo(
         extras = ["samples.jsonl"]
         if draw_reward_kl(folder / "metrics.jsonl", folder / "reward_kl.png", kl_budget=settings.kl_budget):
             extras.append("reward_kl.png")
-        publish(policy, networks.adapted, loaded.tokenizer, job, folder, description, extras=extras)
+        publish(policy, networks.adapted, tokenizer, job, folder, description, extras=extras)
 
     ranks.first(out)
-    return Report(job.out, outcome, counts, is_new=True)
 
 
 def optimise(
