@@ -6,7 +6,7 @@ The last layer's MLP and the head see the positions that predict a completion's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.errors import EngineRefused
 from pipeline.lm.head import token_entropies, token_logps
 from pipeline.lm.packed import PACKED, pack
+from pipeline.lm.products import is_wide, rounded
 
 _TOLERANCE = {torch.float32: 1e-3}  # nats, of a token
 _HALF_TOLERANCE = 0.1  # half precision moves log-probabilities much further
@@ -105,7 +106,8 @@ def _run(model: Any, groups: Sequence[Group], *, last_token: bool) -> Tensor:
 
 
 def _run_packed(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], last_token: bool) -> Tensor:
-    row = pack(prompts, inputs)
+    round_up = rounded if is_wide(model) else int
+    row = pack(prompts, inputs, round_up=round_up)
     wanted, at = [], 0
     for prompt, completions in row.spans.groups:
         at += prompt
@@ -115,8 +117,9 @@ def _run_packed(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence
             wanted.append(own[-1:] if last_token else torch.cat([before, own]))
             at += length
     places = torch.cat(wanted)
+    read = _with_others(places, at, round_up=round_up)
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)  # packed_attention makes the real one
-    with _last_mlp_at(model, places.unique().to(model.device), num_tokens=at):
+    with _last_mlp_at(model, read.to(model.device), num_tokens=at):
         hidden = model.base_model(
             input_ids=row.token_ids.to(model.device),
             position_ids=row.position_ids.to(model.device),
@@ -125,6 +128,16 @@ def _run_packed(model: Any, prompts: Sequence[Tensor], inputs: Sequence[Sequence
             spans=row.spans.joined,
         ).last_hidden_state[0]
     return hidden[places.to(model.device)]
+
+
+def _with_others(places: Tensor, num_tokens: int, *, round_up: Callable[[int], int]) -> Tensor:
+    """The places, each once and in order, among others of the row that make up their number."""
+    is_read = torch.zeros(num_tokens, dtype=torch.bool)
+    is_read[places] = True
+    num_places = int(is_read.sum())
+    others = (~is_read).nonzero()[: round_up(num_places) - num_places]
+    is_read[others] = True
+    return is_read.nonzero()[:, 0]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+
+from pipeline.lm.products import fill_up, is_wide, linear
 
 CHUNK = 1 << 25
 """Logits at a time: 128 MiB in fp32."""
@@ -34,11 +35,14 @@ def token_logps(
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         half = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(half), weight.to(half), None if bias is None else bias.to(half)
-    rows = max(1, CHUNK // len(weight))
+    num_tokens, rows = len(hidden), max(1, CHUNK // len(weight))
+    if is_wide(hidden):
+        hidden, targets = fill_up(hidden), fill_up(targets[:, None])[:, 0]
     keep = len(hidden) <= rows
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     shape = Shape(softcap, temperature)
-    return torch.cat([_TokenLogps.apply(states, weight, bias, tokens, shape, keep) for states, tokens in chunks])
+    logps = [_TokenLogps.apply(states, weight, bias, tokens, shape, keep) for states, tokens in chunks]
+    return torch.cat(logps)[:num_tokens]
 
 
 class Shape(NamedTuple):
@@ -82,7 +86,7 @@ class _TokenLogps(torch.autograd.Function):
         by_logits = by_logits.to(hidden.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
-            by_logits @ weight if needs_hidden else None,
+            linear(by_logits, weight.T) if needs_hidden else None,
             by_logits.T @ hidden if needs_weight else None,
             by_logits.sum(dim=0) if needs_bias else None,
             None,

@@ -22,6 +22,7 @@ from transformers.utils import cached_file, is_bitsandbytes_available, logging
 
 from pipeline import hub
 from pipeline.errors import EngineRefused, ResourceError
+from pipeline.lm import products
 from pipeline.lm.adapter import adapter_digest, base_of, merge
 from pipeline.lm.folder import check_name
 from pipeline.records import digest
@@ -89,6 +90,7 @@ def load(
         loaded = (_without_inference_kernels(loaded) if quantize else loaded.to(where)).eval()
     except torch.OutOfMemoryError as error:
         raise ResourceError(f"{model}: does not fit into the memory of {where}; use engine.device: cpu") from error
+    products.widen(loaded)
     identity = {
         **fingerprint(config, tokenizer, dtype=kind),
         "weights": _weights(model, config, revision),

@@ -45,8 +45,16 @@ class Packed(NamedTuple):
     spans: Spans
 
 
-def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Packed:
-    """prompts: G tensors (P,). completions: those of each prompt, tensors (C,); C may be 0."""
+def pack(
+    prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]], *, round_up: Callable[[int], int] = int
+) -> Packed:
+    """prompts: G tensors (P,). completions: those of each prompt, tensors (C,); C may be 0.
+
+    round_up: to how many tokens the row is filled up, with a piece that nobody looks at.
+    """
+    num_tokens = sum(len(prompt) + sum(map(len, own)) for prompt, own in zip(prompts, completions, strict=True))
+    if missing := round_up(num_tokens) - num_tokens:
+        prompts, completions = [*prompts, torch.zeros(missing)], [*completions, ()]
     tokens, positions = [], []
     for prompt, continued in zip(prompts, completions, strict=True):
         tokens += [prompt, *continued]

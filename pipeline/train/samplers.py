@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.lm.cache import BLOCK
 from pipeline.lm.decode import Decoder, Row, decode
 from pipeline.store import io_errors
 from pipeline.train.loop import autocast
@@ -15,6 +16,7 @@ from pipeline.train.networks import Networks
 
 MAX_ROWS = 128
 """Completions that training itself draws at a time."""
+PREFIX_TOKENS = 1 << 16
 Draw = Callable[[Networks, Sequence[Row]], None]
 """Continues the rows, in place, by the policy as it is now."""
 
@@ -32,12 +34,14 @@ class Sampler(Protocol):
 def draw_here(networks: Networks, rows: Sequence[Row]) -> None:
     """A decoder lives for one call, so that no cached prefix outlives the weights it was computed with."""
     policy = networks.gathered()
+    begins_alike = len({tuple(row.prompt[:BLOCK]) for row in rows}) < len(rows)
     was_training = policy.training
     packed = policy.config._attn_implementation
     policy.set_attn_implementation(networks.attention)
     try:
         with autocast(policy, networks.settings):
-            for _ in decode(Decoder(policy, max_rows=MAX_ROWS), rows):
+            decoder = Decoder(policy, max_rows=MAX_ROWS, prefix_tokens=PREFIX_TOKENS if begins_alike else 0)
+            for _ in decode(decoder, rows):
                 pass
     finally:
         policy.set_attn_implementation(packed)
