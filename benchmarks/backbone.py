@@ -2,8 +2,9 @@
 
     python benchmarks/backbone.py JOB.json
 
-The machine's rate is that of the model's own matrix products alone, three for each linear layer, on as many tokens.
-Both are taken in turns, in one process; medians. Only the linear layers' operations are counted, on both sides.
+The machine's rate is that of the model's own matrix products alone, three for each linear layer, on as many tokens: as
+PyTorch makes them (`machine`), and as `pipeline.lm.products` does (`widest`). All are taken in turns, in one process;
+medians. Only the linear layers' operations are counted, on both sides.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 
 import torch
 import training_jobs
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
 
 from pipeline.lm.forward import Group, completion_ends, prepare
+from pipeline.lm.load import load
+from pipeline.lm.products import linear
 
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ROUNDS, PAIRS = 7, 8
 
 
@@ -39,19 +43,18 @@ def linears(model: Any) -> list[torch.Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
-def products(weights: list[torch.Tensor], num_tokens: int) -> Callable[[], None]:
+def products(weights: list[torch.Tensor], num_tokens: int, *, multiply: Linear) -> Callable[[], None]:
     """What the linear layers multiply: forward, and backward for input and weight."""
     rows = {size: torch.randn(num_tokens, size) for weight in weights for size in weight.shape}
+    for each in rows.values():
+        each.requires_grad_()
 
-    @torch.no_grad()
-    def multiply() -> None:
+    def multiply_all() -> None:
         for weight in weights:
-            into, out = rows[weight.shape[1]], rows[weight.shape[0]]
-            into @ weight.T
-            out @ weight
-            out.T @ into
+            into = rows[weight.shape[1]]
+            torch.autograd.grad(multiply(into, weight), (into, weight), rows[weight.shape[0]])
 
-    return multiply
+    return multiply_all
 
 
 def seconds(action: Callable[[], None]) -> float:
@@ -62,23 +65,26 @@ def seconds(action: Callable[[], None]) -> float:
 
 def rates(folder: str) -> dict[str, float]:
     """GFLOP/s."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load(folder, dtype="float32", device="cpu").model
     prepare(model)
     packed = groups()
     num_tokens = sum(len(piece) for group in packed for piece in (group.prompt, *group.completions))
     left_out = {id(weight) for weight in linears(model.base_model.layers[-1].mlp)}  # all but the ends of completions
     weights = [weight for weight in linears(model.base_model) if id(weight) not in left_out]
-    multiply = products(weights, num_tokens)
+    ways = {"machine": functional.linear, "widest": linear}
+    actions = {way: products(weights, num_tokens, multiply=multiply) for way, multiply in ways.items()}
 
     def backbone() -> None:
         completion_ends(model, packed).sum().backward()
         model.zero_grad(set_to_none=True)
 
-    multiply(), backbone()
-    times = [(seconds(multiply), seconds(backbone)) for _ in range(ROUNDS)]
+    actions["backbone"] = backbone
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(ROUNDS + 1):
+        for name, action in actions.items():
+            times[name].append(seconds(action))
     operations = 6 * num_tokens * sum(weight.numel() for weight in weights)
-    machine, ours = (operations / statistics.median(each) / 1e9 for each in zip(*times, strict=True))
-    return {"machine": machine, "backbone": ours}
+    return {name: operations / statistics.median(each[1:]) / 1e9 for name, each in times.items()}
 
 
 def main() -> None:

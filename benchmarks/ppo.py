@@ -60,7 +60,8 @@ PACKAGES = ("trl", "transformers", "torch")
 class Measured(NamedTuple):
     """One run. rate: episodes a second. cpu: seconds of all cores together. peak: resident memory, in MiB.
 
-    Of ours alone: tokens of an answer, seconds of a step's parts, GFLOP/s of its update and of the bare products.
+    Of ours alone: tokens of an answer, seconds of a step's parts, GFLOP/s of its update and of the bare products, as
+    PyTorch makes them and as `pipeline.lm.products` does.
     """
 
     answers: str
@@ -76,6 +77,7 @@ class Measured(NamedTuple):
     update: float = 0.0
     update_rate: float = 0.0
     machine_rate: float = 0.0
+    widest_rate: float = 0.0
 
     @property
     def cell(self) -> Cell:
@@ -130,7 +132,11 @@ def measure(options: argparse.Namespace, cell: Cell, round_: int, arm: str) -> M
     command = [sys.executable, HERE / "ppo_ours.py"] if is_ours else [options.trl_python, HERE / "peers/trl_ppo.py"]
     found = training_jobs.run(options.work, command, job)
     shutil.rmtree(model / "output", ignore_errors=True)
-    own = [found["length"], *found["parts"].values(), found["update"], found["machine"]] if is_ours else []
+    own = (
+        [found["length"], *found["parts"].values(), found["update"], found["machine"], found["widest"]]
+        if is_ours
+        else []
+    )
     rate = BATCH_SIZE * (options.steps - 1) / found["seconds"]
     made = Measured(*cell, round_, arm, rate, found["cpu"], found["peak"] / 1024, *own)
     print(*(f"{each:.4g}" if isinstance(each, float) else each for each in made), flush=True)
@@ -141,8 +147,8 @@ def table(runs: Sequence[Measured]) -> str:
     """Markdown: medians of each arm, and its ratio to both of TRL's in the same rounds."""
     lines = [
         "| answers | inner epochs | arm | episodes/s | ÷ TRL | bar | ÷ TRL without gc | MiB |"
-        f" rollout, score, update, s | update ÷ machine, bar {LEAST_SHARE:.0%} |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f" rollout, score, update, s | update ÷ products, bar {LEAST_SHARE:.0%} | ÷ the widest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in dict.fromkeys(each.cell for each in runs):
         arms = {arm: [each for each in runs if each.cell == cell and each.arm == arm] for arm in ARMS}
@@ -152,10 +158,11 @@ def table(runs: Sequence[Measured]) -> str:
                 bar = BARS[cell].get(arm)
                 cells += [ratio(own, arms["TRL"]), f"≥ {bar}" if bar else "", ratio(own, arms["no-gc"])]
                 parts = ", ".join(f"{median(own, part):.2f}" for part in ("rollout", "score", "update"))
-                share = median(own, "update_rate") / median(own, "machine_rate")
-                cells += [f"{median(own, 'peak'):.0f}", parts, f"{share:.0%}"]
+                update = median(own, "update_rate")
+                shares = [f"{update / median(own, machine):.0%}" for machine in ("machine_rate", "widest_rate")]
+                cells += [f"{median(own, 'peak'):.0f}", parts, *shares]
             else:
-                cells += ["", "", "", f"{median(own, 'peak'):.0f}", "", ""]
+                cells += ["", "", "", f"{median(own, 'peak'):.0f}", "", "", ""]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -32,8 +32,8 @@ from pipeline.intervals import Rate
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
-DRIFT = {"learning_rate": 2e-4, "num_inner_epochs": 2, "epochs": 5}
-"""Twice the demo's rate and updates: whatever the score leaves open drifts."""
+DRIFT = {"learning_rate": 2e-4, "num_inner_epochs": 2, "epochs": 5, "num_samples": 1, "kl_coef": 1.0}
+"""Twice the demo's rate and updates, of a quarter of the samples: whatever the score leaves open drifts."""
 EVERY = 10
 ARMS: dict[str, dict[str, Any]] = {
     "kl": {},
@@ -41,11 +41,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "ptx": {"kl_coef": 0.0, "ptx_coef": 1.0},
     "zero": {"value_start": "zero"},
 }
-"""Trainings that differ in this from the one with the demo's KL penalty; parts share them."""
+"""Trainings that differ in this from the one with the KL penalty; parts share them."""
 COLLAPSE = {"with the KL penalty": "kl", "without": "no-kl"}
 PTX = {"plain PPO": "no-kl", "PPO-ptx": "ptx"}
 VALUE = {"the reward model": "kl", "zero": "zero"}
-FROM_BASE = {"kl_coef": 0.05, "epochs": 4}
+FROM_BASE = {"kl_coef": 0.05, "epochs": 4, "num_samples": 1}
 EPISODES: dict[str, dict[str, Any]] = {
     "PPO": {"num_inner_epochs": 4},
     "policy gradient": {"advantages": "policy-gradient"},

@@ -10,15 +10,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backbone import linears, products, seconds
+from backbone import Linear, linears, products, seconds
 from peers.peak import peak_kib
+from torch.nn import functional
 
 from pipeline.config.settings import Settings, TrainPpoSettings
 from pipeline.lm.load import load
+from pipeline.lm.products import linear
 from pipeline.lm.templates import Chat
 from pipeline.train.batches import Data
 from pipeline.train.loop import Progress
@@ -51,11 +52,11 @@ def read_prompts(path: str) -> Prompts:
     return prompts
 
 
-def machine_rate(weights: list[Any], num_tokens: int) -> float:
+def machine_rate(weights: list[Any], num_tokens: int, multiply: Linear) -> float:
     """GFLOP/s of the matrix products that forward and backward pass make, alone."""
-    multiply: Callable[[], None] = products(weights, num_tokens)
-    multiply()
-    taken = statistics.median(seconds(multiply) for _ in range(7))
+    action = products(weights, num_tokens, multiply=multiply)
+    action()
+    taken = statistics.median(seconds(action) for _ in range(7))
     return 6 * num_tokens * sum(weight.numel() for weight in weights) / taken / 1e9
 
 
@@ -112,7 +113,8 @@ def main() -> None:
         "length": statistics.mean(line["rollout/length"] for line in lines),
         "parts": {part: statistics.mean(line[f"seconds/{part}"] for line in lines) for part in PARTS},
         "update": update_rate(lines, task),
-        "machine": machine_rate(linears(networks.policy.base_model), num_tokens),
+        "machine": machine_rate(linears(networks.policy.base_model), num_tokens, functional.linear),
+        "widest": machine_rate(linears(networks.policy.base_model), num_tokens, linear),
     }))  # fmt: skip
 
 
