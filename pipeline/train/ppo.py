@@ -240,7 +240,7 @@ def plan_ppo(job: Job, settings: TrainPpoSettings, *, reward_model: str | None =
     per_epoch = steps_per_epoch(len(train), settings.batch_size)
     steps = per_epoch * settings.epochs
     evaluations = 1 + -(-steps // (settings.eval_every or per_epoch))
-    answers = len(train) * settings.num_samples * settings.epochs + len(prompts["test"]) * evaluations
+    answers = settings.num_samples * (len(train) * settings.epochs + len(prompts["test"]) * evaluations)
     lacks = f"does not fit into {memory.room / 2**20:,.0f} MiB; lower microbatch_tokens, or take value: joint"
     counts = {name: dict(each.counts) for name, each in prompts.items()}
     return Plan(counts, steps, memory, "" if memory.fits else lacks, answers)

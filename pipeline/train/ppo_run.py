@@ -95,7 +95,7 @@ class Run:
                 prompts,
                 batch,
                 seed=[self.task.seed, step],
-                num_samples=settings.num_samples if step != EVAL else 1,
+                num_samples=settings.num_samples,
                 draw=self.draw,
                 keep_graph=step != EVAL and settings.minibatch_size >= len(batch),
             )
@@ -124,7 +124,7 @@ class Run:
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, num_episodes=num_episodes)
 
     def evaluate(self) -> Line:
-        """Validation prompts, one completion each; keeps the weights if they are the best within the KL budget."""
+        """Validation prompts, num_samples completions each; keeps the weights if they are the best within the KL budget."""
         prompts, budget = self.task.validation, self.settings.kl_budget
         if not len(prompts):
             return {}
