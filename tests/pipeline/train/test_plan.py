@@ -118,3 +118,16 @@ def test_ppo_divides_all_models_but_the_one_that_scores(
     assert whole.activations < model == divided.activations  # which then are the weights of a policy that decodes
     with pytest.raises(UsageError, match="fsdp cannot divide weights of 4 bits"):
         plan_of(lora={"quantize": "4bit"})
+
+
+def test_as_many_answers_are_scored_as_was_said(start: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "counts.py"
+    file.write_text(
+        "def score(conversations, completions):\n"
+        f"    print(len(completions), file=open({str(tmp_path / 'scored')!r}, 'a'))\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    keys = {"reward": f"{file}:score", "num_samples": 3, "epochs": 2, "eval_every": 2}
+    plan = plan_ppo(job_of(data, start, tmp_path / "ppo"), ppo_settings(**keys))
+    run_ppo(data, start, None, tmp_path / "ppo", keys=keys)
+    assert sum(map(int, (tmp_path / "scored").read_text().split())) == plan.answers
