@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.lm.forward import (
 )
 from pipeline.lm.load import load, pick_device
 from pipeline.train import shards
+from pipeline.train.abreast import abreast
 from pipeline.train.loop import autocast, compute_dtype, silence_dropout
 from pipeline.train.lora import attach
 
@@ -37,6 +39,11 @@ class Predictions(NamedTuple):
     logps: Tensor
     values: Tensor | None
     entropies: Tensor | None
+
+    def cut_off(self) -> Predictions:
+        """The same numbers, at which gradients end."""
+        logps, values, entropies = (None if each is None else each.detach().requires_grad_() for each in self)
+        return Predictions(logps, values, entropies)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,33 @@ class Networks:
 
     def predict(self, groups: Sequence[Group], *, with_entropies: bool = False) -> Predictions:
         """One pass through the policy, one through a value model of its own."""
+        of_policy = partial(self._of_policy, groups, with_entropies=with_entropies)
+        if self.value_model is None:
+            return of_policy()
+        of_value = partial(self._of_value_model, groups)
+        found, values = abreast(of_policy, of_value) if self._are_apart else (of_policy(), of_value())
+        return found._replace(values=values)
+
+    def backward(self, found: Predictions, ends: Predictions) -> None:
+        """Adds to the gradients of the weights. found: by `predict`; ends: the same cut off, with gradients."""
+
+        def act(names: Sequence[str]) -> None:
+            both = [(getattr(found, name), getattr(ends, name)) for name in names]
+            outputs, leaves = zip(*(pair for pair in both if pair[0] is not None), strict=True)
+            torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
+
+        if self._are_apart:
+            abreast(partial(act, ["logps", "entropies"]), partial(act, ["values"]))
+        else:
+            act(Predictions._fields)
+
+    @property
+    def _are_apart(self) -> bool:
+        """Policy and value model have nothing to wait for but each other; checkpointing restores a common state."""
+        on_cpu = self.policy.device.type == "cpu" and self.skeleton is None
+        return on_cpu and self.value_model is not None and not self.settings.gradient_checkpointing
+
+    def _of_policy(self, groups: Sequence[Group], *, with_entropies: bool) -> Predictions:
         temperature = self.settings.temperature
 
         def read() -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,17 +129,17 @@ class Networks:
 
         with autocast(self.policy, self.settings):
             states, logps, entropies = shards.compute(self.policy, read)
-        return Predictions(logps, self._values(states, groups), entropies)
+        if (head := self.value_head) is None:
+            return Predictions(logps, None, entropies)
+        values = shards.compute(head, lambda: linear(states.float(), head.weight, head.bias))
+        return Predictions(logps, values[:, 0].float(), entropies)
 
-    def _values(self, states: Tensor, groups: Sequence[Group]) -> Tensor | None:
-        if (head := self.value_head) is not None:
-            values = shards.compute(head, lambda: linear(states.float(), head.weight, head.bias))
-        elif (model := self.value_model) is not None:
-            with autocast(model, self.settings):
-                values = shards.compute(model, lambda: model.score(completion_states(model, groups)))
-        else:
-            return None
-        return values[:, 0].float()
+    def _of_value_model(self, groups: Sequence[Group]) -> Tensor:
+        model: Any = self.value_model
+        with autocast(model, self.settings):
+            values = shards.compute(model, lambda: model.score(completion_states(model, groups)))
+        found: Tensor = values[:, 0].float()
+        return found
 
     @torch.no_grad()
     def reference_logps(self, groups: Sequence[Group]) -> Tensor:

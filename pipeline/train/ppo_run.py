@@ -124,7 +124,7 @@ class Run:
             self.kl_coef = adapted_kl_coef(self.kl_coef, kl, target=target, horizon=horizon, num_episodes=num_episodes)
 
     def evaluate(self) -> Line:
-        """Validation prompts, num_samples completions each; keeps the weights if they are the best within the KL budget."""
+        """Validation prompts, num_samples completions each; keeps the best weights within the KL budget."""
         prompts, budget = self.task.validation, self.settings.kl_budget
         if not len(prompts):
             return {}

@@ -173,8 +173,10 @@ def backward(
             if found is None:
                 groups = [data.group(row) for row in part]
                 found = networks.predict(groups, with_entropies=settings.entropy_coef > 0)
-            terms = ppo_terms(settings, found, rollouts, targets, part)
+            ends = found.cut_off()
+            terms = ppo_terms(settings, ends, rollouts, targets, part)
             (counts * terms.losses.sum() / num_tokens).backward()
+            networks.backward(found, ends)
         if counts:
             note(terms)
 
