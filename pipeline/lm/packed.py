@@ -52,17 +52,17 @@ def pack(
 
     round_up: to how many tokens the row is filled up, with a piece that nobody looks at.
     """
-    num_tokens = sum(len(prompt) + sum(map(len, own)) for prompt, own in zip(prompts, completions, strict=True))
-    if missing := round_up(num_tokens) - num_tokens:
-        prompts, completions = [*prompts, torch.zeros(missing)], [*completions, ()]
     tokens, positions = [], []
     for prompt, continued in zip(prompts, completions, strict=True):
         tokens += [prompt, *continued]
         positions.append(torch.arange(len(prompt)))
         positions += [torch.arange(len(prompt), len(prompt) + len(completion)) for completion in continued]
-    groups = zip(prompts, completions, strict=True)
-    spans = Spans(tuple((len(prompt), tuple(map(len, continued))) for prompt, continued in groups))
-    return Packed(torch.cat(tokens).long()[None], torch.cat(positions)[None], spans)
+    groups = [(len(prompt), tuple(map(len, own))) for prompt, own in zip(prompts, completions, strict=True)]
+    num_tokens = sum(map(len, tokens))
+    if missing := round_up(num_tokens) - num_tokens:
+        filling = torch.zeros(missing, dtype=torch.long)
+        tokens, positions, groups = [*tokens, filling], [*positions, filling], [*groups, (missing, ())]
+    return Packed(torch.cat(tokens).long()[None], torch.cat(positions)[None], Spans(tuple(groups)))
 
 
 def packed_attention(

@@ -17,6 +17,7 @@ from pipeline.train.networks import Networks
 MAX_ROWS = 128
 """Completions that training itself draws at a time."""
 PREFIX_TOKENS = 1 << 16
+"""Room for what prompts share; where none begins like another, looking for it would only take time."""
 Draw = Callable[[Networks, Sequence[Row]], None]
 """Continues the rows, in place, by the policy as it is now."""
 
