@@ -6,7 +6,7 @@ RUN has models/sft and models/rm, as `nano_study.py` and `make demo` leave them.
 run's models (a finished training is kept in --work and not run again), writes its numbers to results/ppo-figures-PART
 and its plot to docs/images, and prints its table.
 
-collapse  the same training with the demo's KL penalty and without: scores rise in both, answers stay whole in one
+collapse  the same training with the KL penalty and without: scores rise in both, answers stay whole in one
 ptx       the loss on pretraining text, with and without a share of it mixed into PPO
 value     explained variance of a value function that begins as the reward model, and of one that begins at zero
 episodes  until a target: PPO against plain policy gradient, three learning rates, three seeds, from the base model
